@@ -1,0 +1,1 @@
+"""What turns finished runs into the paper's tables and figures."""

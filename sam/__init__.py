@@ -1,0 +1,18 @@
+"""SaM: named entity recognition with LLMs, adapted by selecting and merging LoRA experts (arXiv 2506.22813)."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sam.module import SamModule
+
+__version__ = "0.1.0"
+__all__ = ["SamModule"]
+
+
+def __getattr__(name: str) -> object:
+    # Lightning takes seconds to import: only who runs SaM pays for it.
+    if name != "SamModule":
+        raise AttributeError(name)
+    from sam.module import SamModule
+
+    return SamModule

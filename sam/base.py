@@ -1,0 +1,264 @@
+"""The base model and its fingerprint: embedded in a wheel, from the hub, or a local folder.
+
+An embedded model (GGUF in a wheel) is converted once to safetensors under the cache directory and loads in
+seconds after that. Nothing is fetched unless the chosen source is the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sam.errors import SamError
+from sam.paths import cache_dir
+from sam.results import write_text
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("wheel", "hub", "local")
+DTYPES = ("float32", "bfloat16", "float16")
+MANIFEST = "sam.json"
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Where a base model comes from; ``parts`` are ``module/path`` pieces of one GGUF file inside wheels."""
+
+    name: str
+    source: str
+    parts: tuple[str, ...] = ()
+    sha256: str | None = None
+    install: str | None = None
+    location: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BaseSpec:
+        """From the plain mapping of a ``conf/base`` file."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(config) - known):
+            raise SamError(f"base.{unknown[0]} is unknown; allowed: {', '.join(sorted(known))}")
+        spec = cls(**{**config, "parts": tuple(config.get("parts") or ())})
+        if spec.source not in SOURCES:
+            raise SamError(f"base.source={spec.source} is unknown; allowed: {', '.join(SOURCES)}")
+        if spec.dtype not in DTYPES:
+            raise SamError(f"base.dtype={spec.dtype} is unknown; allowed: {', '.join(DTYPES)}")
+        return spec
+
+
+@dataclass
+class Base:
+    """A loaded base model: ``model`` (eval mode), ``tokenizer``, and the fingerprint of its weights."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    stop_ids: tuple[int, ...] = field(default=())
+
+
+def sha256_of(*paths: Path) -> str:
+    """The sha256 hex digest of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def wheel_file(location: str, install: str | None) -> Path:
+    """The path of ``module/path`` inside an installed wheel, found without importing the module."""
+    module, _, rest = location.partition("/")
+    found = importlib.util.find_spec(module)
+    path = Path(found.origin).parent / rest if found and found.origin else None
+    if path is None or not path.exists():
+        raise SamError(f"{location} is not installed; install it with: {install or 'pip install ' + module}")
+    return path
+
+
+def folder(spec: BaseSpec) -> Path:
+    """The folder that holds the model as safetensors: converted, downloaded, or the user's own."""
+    if spec.source == "wheel":
+        return _converted(spec)
+    if spec.source == "hub":
+        return _from_hub(spec)
+    path = Path(spec.location or "").expanduser()
+    if not (path / "config.json").is_file():
+        raise SamError(f"base.location={spec.location} has no config.json; name a folder with a transformers model")
+    if not list(path.glob("*.safetensors")):
+        raise SamError(f"base.location={spec.location} has no *.safetensors (pickled weights are not loaded)")
+    return path
+
+
+def _from_hub(spec: BaseSpec) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(spec.location), revision=spec.revision, allow_patterns=patterns))
+    except Exception as error:
+        raise SamError(
+            f"base={spec.name}: cannot get {spec.location} from the hub ({_first_line(error)}); "
+            "check the network and `hf auth login`, or use base=local base.location=FOLDER"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that replaces it by rename when the block ends well.
+
+    Its name starts with a dot: who lists the folder it lies in passes it over.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield stage
+        stage.chmod(0o755)
+        for file in stage.iterdir():
+            file.chmod(0o644 if file.is_file() else 0o755)  # safetensors writes for the owner's eyes only
+        if target.exists():
+            # Out of the way whole: a run that is killed here leaves no half-deleted folder under the name.
+            target.rename(stage.with_name(f"{stage.name}-old"))
+        stage.rename(target)
+    finally:
+        for rest in (stage, stage.with_name(f"{stage.name}-old")):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _converted(spec: BaseSpec) -> Path:
+    from filelock import FileLock
+
+    target = cache_dir() / "models" / f"{spec.name}-{(spec.sha256 or '')[:12]}"
+    if (target / MANIFEST).is_file():
+        return target
+    parts = [wheel_file(part, spec.install) for part in spec.parts]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if (target / MANIFEST).is_file():
+            return target
+        found = sha256_of(*parts)
+        if found != spec.sha256:
+            raise SamError(
+                f"base={spec.name}: the weights have sha256 {found}, expected {spec.sha256}; reinstall: {spec.install}"
+            )
+        log.info("Converting %s to safetensors (once, into %s)", spec.name, target)
+        with staged(target) as stage:
+            _convert(parts, stage)
+    return target
+
+
+def _convert(parts: list[Path], stage: Path) -> None:
+    """Write the GGUF ``parts`` as a transformers folder, fp32 safetensors, with its manifest last."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sam.console import console
+
+    gguf = stage / "model.gguf"
+    with gguf.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, out)
+    with console().status("Converting the tokenizer (once; minutes for a large vocabulary)"):
+        AutoTokenizer.from_pretrained(stage, gguf_file=gguf.name).save_pretrained(stage)
+    with console().status("Converting the weights (once)"):
+        loaded = AutoModelForCausalLM.from_pretrained(stage, gguf_file=gguf.name, dtype=torch.float32)
+        # A model loaded from GGUF refuses save_pretrained: its weights go into a fresh one of the same config.
+        del loaded.config.quantization_config
+        fresh = type(loaded)(loaded.config)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.generation_config = loaded.generation_config
+        fresh.save_pretrained(stage)
+    gguf.unlink()
+    (stage / MANIFEST).write_text(json.dumps({"fingerprint": _hash_weights(stage)}))
+
+
+def fingerprint(path: Path) -> str:
+    """The hash over the weights (names, dtypes, shapes, bytes) in a model folder's safetensors files.
+
+    Kept in the cache directory under the files' paths, sizes and times, so that it is computed once. The manifest of
+    a converted folder is not asked: a copy of the folder keeps it when its weights are trained further.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    memo = cache_dir() / "fingerprints" / hashlib.sha256(repr(state).encode()).hexdigest()
+    if not memo.is_file():
+        write_text(memo, _hash_weights(path))
+    return memo.read_text()
+
+
+def _hash_weights(path: Path) -> str:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    digest = hashlib.sha256()
+    tensors: dict[str, Path] = {}
+    try:
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as handle:
+                tensors.update(dict.fromkeys(handle.keys(), file))
+        for name in sorted(tensors):
+            with safe_open(tensors[name], framework="pt") as handle:
+                tensor = handle.get_tensor(name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    except SafetensorError as error:
+        raise SamError(f"{path} holds a corrupt safetensors file ({error}); fetch the model again") from None
+    return digest.hexdigest()
+
+
+def load(spec: BaseSpec, device: str = "auto") -> Base:
+    """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
+
+    Raises SamError for a folder that cannot be had, is corrupt, or that transformers cannot read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    path = folder(spec)
+    found = fingerprint(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, spec.dtype), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SamError(
+            f"base={spec.name}: {path} is not a causal language model with its tokenizer ({_first_line(error)})"
+        ) from None
+    model.requires_grad_(False)
+    model.eval().to(device)
+    return Base(spec.name, model, tokenizer, found, device, spec.dtype, _stop_ids(model, tokenizer))
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer; the first is the one that training teaches."""
+    ids = [tokenizer.eos_token_id]
+    configured = model.generation_config.eos_token_id
+    ids += configured if isinstance(configured, list) else [configured]
+    found = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not found:
+        raise SamError(f"{model.name_or_path} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return found

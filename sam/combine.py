@@ -1,0 +1,60 @@
+"""Combine what several models found in one sentence into one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sam.errors import SamError
+from sam.ner import Pair, Prediction
+from sam.prompts import locate
+
+
+def _union(predictions: Sequence[Prediction]) -> tuple[Pair, ...]:
+    return tuple(dict.fromkeys(pair for prediction in predictions for pair in prediction.pairs))
+
+
+def _intersection(predictions: Sequence[Prediction]) -> tuple[Pair, ...]:
+    common = set.intersection(*(set(prediction.pairs) for prediction in predictions))
+    return tuple(pair for pair in dict.fromkeys(predictions[0].pairs) if pair in common)
+
+
+RULES: dict[str, Callable[[Sequence[Prediction]], tuple[Pair, ...]]] = {
+    "union": _union,
+    "intersection": _intersection,
+    "first": lambda predictions: _union(predictions[:1]),
+}
+
+
+def check_rule(rule: str) -> None:
+    """Raise SamError for an unknown rule."""
+    if rule not in RULES:
+        raise SamError(f"combine.rule={rule} is unknown; allowed: {', '.join(RULES)}")
+
+
+def combine(predictions: Sequence[Prediction], text: str, rule: str, types: Sequence[str]) -> Prediction:
+    """One prediction out of several models' ``predictions`` on the sentence ``text``, asked for ``types``.
+
+    Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
+    adds), ``intersection`` (pairs that all models found), ``first`` (the first model's alone; the others are not
+    looked at). The spans and counts are then made anew from the combined pairs: longest text first, and a text that
+    two models give two types keeps both pairs while its span goes to the type of the model listed first.
+    ``unparsable`` means that all answers were, ``truncated`` that any was; the answer is empty, as there is no single
+    one.
+
+    Raises SamError on an unknown rule or no predictions.
+    """
+    check_rule(rule)
+    if not predictions:
+        raise SamError("no predictions to combine: give those of at least one model")
+    used = predictions[:1] if rule == "first" else predictions
+    pairs = RULES[rule](used)
+    mentions, not_in_sentence, not_asked = locate(pairs, text, types)
+    return Prediction(
+        pairs=pairs,
+        mentions=mentions,
+        answer="",
+        unparsable=all(prediction.unparsable for prediction in used),
+        truncated=any(prediction.truncated for prediction in used),
+        not_in_sentence=not_in_sentence,
+        not_asked=not_asked,
+    )

@@ -1,0 +1,34 @@
+"""One reader a format; what differs between corpora of a format is a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sam.corpora.readers.base import Draft, Reader, Source
+from sam.corpora.readers.columns import Columns
+from sam.corpora.readers.inline import Inline
+from sam.corpora.readers.standoff import Standoff
+from sam.corpora.readers.strings import Strings
+from sam.errors import SamError
+
+__all__ = ["Columns", "Draft", "Inline", "Reader", "Source", "Standoff", "Strings", "make_reader"]
+
+_KINDS: dict[str, type[Columns] | type[Inline] | type[Standoff] | type[Strings]] = {
+    "columns": Columns,
+    "inline": Inline,
+    "standoff": Standoff,
+    "strings": Strings,
+}
+
+
+def make_reader(params: Mapping[str, Any]) -> Reader:
+    """The reader that ``format:`` of a dataset's config describes. Raises SamError on a wrong kind or parameter."""
+    rest = dict(params)
+    kind = rest.pop("kind", None)
+    if kind not in _KINDS:
+        raise SamError(f"format.kind: '{kind}' is not one of {', '.join(_KINDS)}")
+    try:
+        return _KINDS[kind](**rest)
+    except TypeError as error:
+        raise SamError(f"format of kind {kind}: {error}") from None

@@ -1,0 +1,40 @@
+"""How answers are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sam.errors import SamError
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (no effect on answers)."""
+
+    max_new_tokens: int = 160
+    batch_size: int = 64
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
+        """From the plain mapping of a ``conf/decode`` file."""
+        spec = cls(**config)
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(spec, name) < 1:
+                raise SamError(f"decode.{name}={getattr(spec, name)} must be at least 1")
+        return spec
+
+    def canonical(self, dtype: str, device: str) -> dict[str, Any]:
+        """All of decoding that can change an answer."""
+        import torch
+        import transformers
+
+        versions = [torch.__version__.split("+")[0], transformers.__version__]
+        return {
+            "method": "greedy",
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": dtype,
+            "device": torch.device(device).type,
+            "versions": versions,
+        }

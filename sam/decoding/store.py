@@ -1,0 +1,55 @@
+"""Answers, kept under everything that can change them, and reused within a run and across runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam.errors import SamError
+
+
+class AnswerStore:
+    """A SQLite file of raw answers; several processes may use it at once."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, truncated INTEGER)"
+            )
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise SamError(f"{path} cannot be opened ({error}); delete it, or set answers=fresh") from None
+
+    @staticmethod
+    def key(model_key: str, prompt: str, decoding: Mapping[str, Any]) -> str:
+        """The hash of all that makes an answer: the weights, the whole prompt, the decoding."""
+        parts = json.dumps([model_key, prompt, dict(decoding)], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def get(self, keys: Sequence[str]) -> dict[str, tuple[str, bool]]:
+        """The kept ones among ``keys``: key -> (answer, truncated)."""
+        found: dict[str, tuple[str, bool]] = {}
+        for start in range(0, len(keys), 500):
+            part = keys[start : start + 500]
+            marks = ",".join("?" * len(part))
+            rows = self._db.execute(f"SELECT key, answer, truncated FROM answers WHERE key IN ({marks})", list(part))
+            found.update({key: (answer, bool(truncated)) for key, answer, truncated in rows})
+        return found
+
+    def put(self, answers: Mapping[str, tuple[str, bool]]) -> None:
+        """Keep ``answers``, in one transaction."""
+        rows = [(key, text, int(truncated)) for key, (text, truncated) in answers.items()]
+        with self._db:  # commits, or rolls back on an exception
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()

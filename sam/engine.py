@@ -1,0 +1,168 @@
+"""One base model that answers as any merge of its experts; the model is loaded when the first answer is missing."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sam import prompts
+from sam.base import Base, BaseSpec, fingerprint, folder, load
+from sam.decoding import AnswerStore, DecodeSpec
+from sam.decoding.greedy import decode_prompts
+from sam.experts.card import Pool
+from sam.merging import AdapterDeltas, MergedWeights, MergeSpec, merge_modules, model_key
+from sam.ner import Prediction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE = MergeSpec("linear")
+"""The merge of a single expert: it gives that expert untouched, as every merge of one does."""
+
+KEEP_BYTES = 2 << 30
+"""Merged deltas kept in memory, so that going back to a model is a copy and not a merge."""
+
+
+class Engine:
+    """Answers of merged models, kept and reused. ``seconds`` and ``counts`` say what was spent and saved; the stages
+    load, merge and decode of a selection count in ``select`` too.
+
+    At most one merge is applied to the base at a time; :meth:`reset` undoes it bit for bit.
+    """
+
+    def __init__(
+        self, spec: BaseSpec, pool: Pool, decoding: DecodeSpec, store: AnswerStore | None, device: str = "auto"
+    ) -> None:
+        self.spec, self.pool, self.decoding, self.store, self.device = spec, pool, decoding, store, device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self._adapters: dict[str, AdapterDeltas] = {}
+        self._weights: MergedWeights | None = None
+        self._applied: str | None = None
+        self._merges: OrderedDict[str, list[tuple[str, Tensor]]] = OrderedDict()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The base model's fingerprint, without loading the model where it is known."""
+        return fingerprint(folder(self.spec))
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model."""
+        with self.timed("load"):
+            return load(self.spec, self.device)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's seconds to ``seconds[stage]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+    def adapter(self, name: str) -> AdapterDeltas:
+        """The expert's deltas, opened once."""
+        if name not in self._adapters:
+            self._adapters[name] = AdapterDeltas.open(self.pool.folder(name))
+        return self._adapters[name]
+
+    def key(self, experts: Sequence[str], merge: MergeSpec) -> str:
+        """What names the merged model (see :func:`sam.merging.model_key`)."""
+        return model_key(self.fingerprint, [self.adapter(e) for e in experts], list(experts), merge)
+
+    def predict(
+        self,
+        experts: Sequence[str],
+        merge: MergeSpec,
+        types: Sequence[str],
+        texts: Sequence[str],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """What the merge of ``experts`` finds in each text; ``progress`` is called with numbers of texts done."""
+        return self.predict_all(experts, merge, [(tuple(types), text) for text in texts], progress)
+
+    def predict_all(
+        self,
+        experts: Sequence[str],
+        merge: MergeSpec,
+        asked: Sequence[tuple[tuple[str, ...], str]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """As :meth:`predict`, for (types, text) that may differ in their types."""
+        key, canonical = self.key(experts, merge), self._decoding()
+        names = [AnswerStore.key(key, prompts.render(types, text), canonical) for types, text in asked]
+        kept = self.store.get(names) if self.store else {}
+        missing = list({name: i for i, name in enumerate(names) if name not in kept}.values())
+        self.counts["reused"] += len(asked) - len(missing)
+        if progress:
+            progress(len(asked) - len(missing))
+        # Longest first over all that is missing, then kept a batch at a time: a killed run loses little.
+        missing.sort(key=lambda i: (-len(asked[i][1]), i))
+        size = self.decoding.batch_size
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            parts = [(prompts.prefix(asked[i][0]), prompts.suffix(asked[i][1])) for i in part]
+            try:
+                self._apply(key, experts, merge)
+                with self.timed("decode"):
+                    answers = decode_prompts(self.base, parts, self.decoding, progress)
+            except BaseException:
+                # Whatever stops a run, the base model is handed back as it was.
+                self.reset()
+                raise
+            fresh = {names[i]: (a.text, a.truncated) for i, a in zip(part, answers, strict=True)}
+            kept.update(fresh)
+            self.counts["decoded"] += len(part)
+            if self.store:
+                self.store.put(fresh)
+        return [
+            prompts.predict(text, kept[name][0], types, kept[name][1])
+            for (types, text), name in zip(asked, names, strict=True)
+        ]
+
+    def _decoding(self) -> dict[str, Any]:
+        device = self.device
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return {**self.decoding.canonical(self.spec.dtype, device), "prompt": prompts.PROMPT_VERSION}
+
+    def _apply(self, key: str, experts: Sequence[str], merge: MergeSpec) -> None:
+        if self._applied == key:
+            return
+        self.reset()
+        if self._weights is None:
+            self._weights = MergedWeights(self.base.model)
+        with self.timed("merge"):
+            self._weights.apply(self._merges[key] if key in self._merges else self._merge(key, experts, merge))
+        if key in self._merges:
+            self._merges.move_to_end(key)
+        self._applied = key
+
+    def _merge(self, key: str, experts: Sequence[str], merge: MergeSpec) -> Iterator[tuple[str, Tensor]]:
+        """Stream a merge, and keep it in place of those used longest ago, unless it alone passes ``KEEP_BYTES``."""
+        merged: list[tuple[str, Tensor]] = []
+        size = 0
+        for module, delta in merge_modules([self.adapter(e) for e in experts], list(experts), merge):
+            size += delta.nbytes
+            if size <= KEEP_BYTES:
+                merged.append((module, delta))
+            else:
+                merged.clear()  # a large model's merge does not fit: it is made anew each time
+            yield module, delta
+        if size <= KEEP_BYTES:
+            self._merges[key] = merged
+            while sum(d.nbytes for m in self._merges.values() for _, d in m) > KEEP_BYTES:
+                self._merges.popitem(last=False)
+
+    def reset(self) -> None:
+        """Give the base its own weights back, bit for bit."""
+        if self._weights is not None:
+            self._weights.undo()
+        self._applied = None

@@ -1,0 +1,82 @@
+"""The LightningModule that trains a LoRA adapter on answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sam.base import Base
+from sam.experts.data import IGNORED, Recipe
+
+
+class ExpertModule(L.LightningModule):
+    """LoRA on all linear layers of the base model, cross-entropy on answer tokens, logits computed only there."""
+
+    def __init__(self, base: Base, recipe: Recipe) -> None:
+        super().__init__()
+        self.base, self.recipe = base, recipe
+        self.net: Any = None
+        # Checkpoints hold the trained tensors only; the frozen base is not in them.
+        self.strict_loading = False
+
+    def configure_model(self) -> None:
+        """Inject the adapter; every expert starts from the same A factors (seeded by the recipe)."""
+        if self.net is not None:
+            return
+        torch.manual_seed(self.recipe.seed)
+        config = LoraConfig(
+            r=self.recipe.r,
+            lora_alpha=self.recipe.alpha,
+            use_rslora=self.recipe.rslora,
+            target_modules="all-linear",
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        self.net = get_peft_model(self.base.model, config)
+
+    def on_fit_start(self) -> None:
+        """Lightning leaves a pretrained model in eval mode; training wants train mode throughout."""
+        self.net.train()
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy over the answer tokens of ``batch`` (see :func:`sam.experts.data.collate`)."""
+        causal = self.net.base_model.model
+        hidden = causal.get_decoder()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        targets = batch["labels"][:, 1:]
+        asked = targets != IGNORED
+        logits = causal.get_output_embeddings()(hidden[:, :-1][asked]).float()
+        return torch.nn.functional.cross_entropy(logits, targets[asked])
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """One batch's loss."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and cosine decay to zero over all steps."""
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, betas=(0.9, 0.98)
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = max(1, round(self.recipe.warmup * total))
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what is trained."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}

@@ -1,0 +1,218 @@
+"""Train one expert: fit, save as a PEFT folder, score it on held-out source sentences, write its card."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from sam import corpora, prompts
+from sam.base import Base, staged
+from sam.decoding import DecodeSpec
+from sam.encoder import Encoder
+from sam.errors import SamError
+from sam.experts.card import CARD_FILE, WEIGHTS_FILE, Card
+from sam.experts.data import ExpertDataModule, Recipe, draw_sentences
+from sam.experts.modelcard import write_readme
+from sam.experts.module import ExpertModule
+from sam.ner import Sentence
+from sam.results import versions
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+"""Lightning's precisions that leave the base model's weights as they are (``bf16-true`` would cast them in place)."""
+
+
+def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str) -> str:
+    """The hash of all that decides what is learnt; ``heldout`` only measures and is left out."""
+    learnt = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
+    parts = [base.fingerprint, prompts.PROMPT_VERSION, [list(d) for d in domains], learnt, precision]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train_expert(
+    base: Base,
+    encoder: Encoder,
+    *,
+    name: str,
+    role: str,
+    domains: Sequence[Sequence[str]],
+    recipe: Recipe,
+    out: Path,
+    work: Path,
+    trainer: Mapping[str, Any],
+    decode: DecodeSpec,
+    checkpoint_every: int = 25,
+    logger: Any = False,
+) -> tuple[Path, Card]:
+    """Train expert ``name`` into ``out/name``; a finished one of the same recipe is kept as it is.
+
+    A run that was killed goes on from ``work/last.ckpt`` and ends as an uninterrupted one would. ``domains`` are
+    lists of dataset ids: one for an expert, all of them for the unified model. Leaves ``base`` as it was.
+    """
+    precision = auto_precision(str(trainer.get("precision", "auto")), base.device)
+    digest = recipe_hash(base, domains, recipe, precision)
+    folder = out / name
+    if (done := _finished(folder, digest)) is not None:
+        log.info("%s is already trained with this recipe; nothing to do", folder)
+        return folder, done
+    data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
+    data.setup()
+    log.info("%s: %d sentences, %d steps, precision %s", name, len(data.sentences), len(data.plan), precision)
+    module = ExpertModule(base, recipe)
+    settings = {**trainer, "precision": precision}
+    sentences, types = data.sentences, data.types
+    # All that can be missing is asked for before hours are spent on training.
+    heldout = {d: draw_heldout(d, recipe) for domain in domains for d in domain}
+    centroid = tuple(round(x, 6) for x in encoder.centroid([s.text for s in sentences], limit=2000))
+    try:
+        weights = _fit(module, data, settings, work / digest, checkpoint_every, logger)
+        config = module.net.peft_config["default"]
+    finally:
+        if module.net is not None:
+            module.net.unload()
+        base.model.eval()
+    del module, data
+    gc.collect()
+    with staged(folder) as stage:
+        _save_adapter(stage, weights, config, base)
+        scores = score_heldout(base, stage, heldout, decode)
+        card = Card(
+            name=name,
+            role=role,
+            domain=name,
+            datasets=tuple(d for domain in domains for d in domain),
+            types=tuple(types),
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            prompt_version=prompts.PROMPT_VERSION,
+            encoder=encoder.spec.name,
+            centroid=centroid,
+            recipe={**recipe.to_dict(), "precision": precision, "hash": digest},
+            sentences=len(sentences),
+            scores=scores,
+            licences={d: corpora.spec(d).licence for domain in domains for d in domain},
+            versions=versions(),
+        )
+        write_readme(stage, card)
+        card.write(stage)
+    shutil.rmtree(work / digest, ignore_errors=True)
+    log.info("%s: held-out F1 %.1f, written to %s", name, 100 * scores["mean_f1"], folder)
+    return folder, card
+
+
+def _finished(folder: Path, digest: str) -> Card | None:
+    """The card in ``folder`` if a whole expert of this recipe is there, else None (also for a broken card)."""
+    if not (folder / CARD_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        return None
+    try:
+        card = Card.read(folder)
+    except SamError as error:
+        log.warning("%s; training it again", error)
+        return None
+    return card if card.recipe.get("hash") == digest else None
+
+
+def auto_precision(chosen: str, device: str) -> str:
+    """``auto``: bf16 autocast where the hardware multiplies bf16 itself, else fp32."""
+    if chosen not in PRECISIONS:
+        raise SamError(f"trainer.precision={chosen} is unknown; allowed: {', '.join(PRECISIONS)}")
+    if chosen != "auto":
+        return chosen
+    if device.startswith("cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    flags = Path("/proc/cpuinfo")
+    fast = flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _fit(
+    module: ExpertModule, data: ExpertDataModule, settings: Mapping[str, Any], work: Path, every: int, logger: Any
+) -> dict[str, torch.Tensor]:
+    """Fit, from the last checkpoint if there is one; returns the adapter's tensors in PEFT's naming."""
+    from peft import get_peft_model_state_dict
+
+    saver = ModelCheckpoint(
+        dirpath=work, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False
+    )
+    bar = [TQDMProgressBar(refresh_rate=5)] if settings.get("enable_progress_bar", True) else []
+    trainer = L.Trainer(
+        **settings,
+        max_epochs=1,
+        gradient_clip_val=module.recipe.clip,
+        callbacks=[saver, *bar],
+        logger=logger,
+        log_every_n_steps=10,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=str(work),
+    )
+    last = work / "last.ckpt"
+    if last.is_file() and not zipfile.is_zipfile(last):
+        log.warning("%s is cut short; training starts anew", last)
+        last.unlink()
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(module.net).items()}
+
+
+def _save_adapter(folder: Path, weights: Mapping[str, torch.Tensor], config: Any, base: Base) -> None:
+    """The adapter in bf16, as PEFT itself would lay it out; PEFT alone can load it."""
+    from safetensors.torch import save_file
+
+    half = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in sorted(weights.items())}
+    save_file(half, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.inference_mode = True
+    config.base_model_name_or_path = base.name
+    config.save_pretrained(str(folder))
+
+
+def draw_heldout(dataset: str, recipe: Recipe) -> list[Sentence]:
+    """``recipe.heldout`` sentences of a source dataset's dev split (test where there is none), drawn by the seed.
+
+    None for a dataset that has neither: its train split is what the expert has seen.
+    """
+    splits = corpora.spec(dataset).splits
+    split = next((s for s in ("dev", "test") if s in splits), None)
+    if not recipe.heldout or split is None:
+        return []
+    one = Recipe(**{**recipe.to_dict(), "sentences": recipe.heldout, "seed": recipe.seed + 1_000})
+    return draw_sentences([dataset], split, one, lambda s, types: len(s.text) <= 600)[dataset][0]
+
+
+def score_heldout(
+    base: Base, folder: Path, heldout: Mapping[str, Sequence[Sentence]], decode: DecodeSpec
+) -> dict[str, Any]:
+    """F1 of the saved adapter on held-out sentences of each dataset, and their mean."""
+    from sam.decoding.greedy import decode as run
+    from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+    from sam.ner import entity_types
+    from sam.scoring import score
+
+    by_dataset: dict[str, Any] = {}
+    spec = MergeSpec(name="linear")
+    with merged(base.model, merge_modules([AdapterDeltas.open(folder)], [folder.name], spec)):
+        for dataset, sentences in heldout.items():
+            if not sentences:
+                continue
+            types = entity_types(sentences)
+            answers = run(base, types, [s.text for s in sentences], decode)
+            found = [
+                prompts.predict(s.text, a.text, types, a.truncated) for s, a in zip(sentences, answers, strict=True)
+            ]
+            scores = score(sentences, found)
+            by_dataset[dataset] = {"f1": scores.f1, "n": scores.n, "unparsable": scores.unparsable}
+    mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
+    return {"split": "held-out sentences of its own datasets", "datasets": by_dataset, "mean_f1": mean}

@@ -1,0 +1,210 @@
+"""The rim between Hydra and the tasks: one-line errors, job status, sweep folders, the sweep's summary.
+
+Imports nothing heavy, so that ``--help`` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from sam.console import print_table, say
+from sam.errors import SamError
+from sam.paths import conf_dir
+from sam.results import RESULT, STATUS, write_status
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+
+FAILED: list[str] = []
+SWEEP: list[Path] = []
+
+
+def register_resolvers() -> None:
+    """The resolvers that the configs use."""
+    OmegaConf.register_new_resolver("project", lambda: str(conf_dir().parent), replace=True)
+    OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), replace=True)
+    OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+
+
+def sweep_name(argv: Sequence[str]) -> str:
+    """A name that the same sweep command always gives, so that running it again goes on: ``k-merge-1a2b3c4d``."""
+    overrides = sorted(a for a in argv if not a.startswith("-") and not a.startswith("hydra."))
+    swept = [re.split(r"[=+~]", a.lstrip("+~"))[0] for a in overrides if "," in re.sub(r"\[[^]]*\]", "", a)]
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
+    return "-".join([*swept, digest])
+
+
+def job_name(overrides: str) -> str:
+    """A job's folder name from its overrides: ``k=1,merge=ties``.
+
+    What all jobs of a sweep share is left out where the sweep's own name stands for it: a name that is given (by
+    ``sweep=`` or an experiment) stands for nothing else. What cannot stand in a path is replaced, and a hash keeps the
+    name unique.
+    """
+    namers = [a for a in sys.argv[1:] if a.lstrip("+").startswith(("sweep=", "experiment="))]
+    shared = set(namers or sys.argv[1:])
+    parts = [part for part in re.split(r",(?=[\w./+~@-]+=)", overrides) if part not in shared]
+    # What differs from job to job comes first, where a long name is not cut.
+    kept = ",".join(sorted(parts, key=lambda part: part in sys.argv)) or "job"
+    safe = re.sub(r"[^\w=,.+-]", "_", kept)
+    if safe == kept and len(safe) <= 120:
+        return safe
+    return f"{safe[:100]}-{hashlib.sha256(kept.encode()).hexdigest()[:8]}"
+
+
+def check_choices(argv: Sequence[str]) -> None:
+    """Refuse an unknown group option in one line, before Hydra composes anything."""
+    conf = conf_dir()
+    groups = {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in conf.iterdir() if f.is_dir()}
+    for argument in argv:
+        name, equals, value = argument.lstrip("+").partition("=")
+        if not equals or name not in groups or argument.startswith("-"):
+            continue
+        for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
+            if choice == "null" and name == "experiment":
+                continue
+            if choice and choice not in groups[name] and re.fullmatch(r"[\w-]+", choice):
+                near = difflib.get_close_matches(choice, groups[name], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                fail(f"{name}={choice} is unknown; allowed: {', '.join(groups[name])}{hint}")
+
+
+def fail(message: str) -> None:
+    """Print one line and exit with 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def job(cfg: DictConfig) -> float:
+    """Run the task of ``cfg``; a failure is logged, kept in ``status.json``, and does not stop a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    overrides = list(hydra_cfg.overrides.task)
+    sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    if sweep:
+        SWEEP[:] = [Path(hydra_cfg.sweep.dir).absolute()]
+        say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}")
+    quiet()
+    try:
+        config = plain(cfg)
+        if not read_finished(folder):
+            write_status(folder, "running", overrides)
+        value = run_task(config, folder, overrides, group=SWEEP[0].name if sweep else None)
+    except Exception as error:
+        # The exception holds the job's frames, and with them a model: only its text is kept.
+        message = one_line(error)
+        log.debug("traceback", exc_info=True)
+        if not isinstance(error, SamError) or os.environ.get("HYDRA_FULL_ERROR"):
+            log.exception("the job failed")
+        write_status(folder, "failed", overrides, message)
+        FAILED.append(f"{' '.join(overrides) or 'job'}: {message}")
+        say(f"error: {message}")
+        return float("nan")
+    write_status(folder, "done", overrides)
+    return value
+
+
+def read_finished(folder: Path) -> bool:
+    """Whether the folder holds a result already."""
+    return (folder / RESULT).is_file() and (folder / STATUS).is_file()
+
+
+def one_line(error: Exception) -> str:
+    """The error's text on one line, with its class where it is not ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, SamError) else f"{type(error).__name__}: {text}"
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values; a missing value is a one-line error."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise SamError(f"{missing[0]} has no value; give {missing[0]}=…")
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise SamError(f"the config does not resolve: {one_line(error)}") from None
+
+
+def run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:
+    """Call the task that ``task.name`` names."""
+    if config.get("cache"):
+        os.environ["SAM_CACHE"] = str(config["cache"])
+    if config["task"]["name"] == "train":
+        from sam.tasks.train import train
+
+        return train(config, folder, group)
+    from sam.tasks.extract import extract
+
+    return extract(config, folder, overrides, group)
+
+
+def quiet() -> None:
+    """Keep libraries' notes off the terminal; our own log goes on."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=r".*(LeafSpec|num_workers|does not have many workers).*")
+    # Importing Lightning resets its own loggers to INFO, but not those below them.
+    for name in ("lightning.pytorch.utilities.rank_zero", "httpx", "sentence_transformers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def finish() -> int:
+    """After all jobs: the sweep's table and the list of failures. Returns the exit status."""
+    if SWEEP:
+        print_summary(SWEEP[0])
+    elif FAILED:
+        return 1
+    if FAILED:
+        say("\n  ".join([f"{len(FAILED)} of the sweep's jobs failed:", *FAILED]))
+    return 1 if FAILED else 0
+
+
+def print_summary(sweep: Path) -> None:
+    """One row a job of the sweep: its overrides, mean P/R/F1 over its targets, seconds, or its error.
+
+    The overrides that all jobs share stand in the title.
+    """
+    rows = []
+    found = {path: json.loads(path.read_text()) for path in sweep.glob("*/" + STATUS)}
+    common = set.intersection(*(set(s["overrides"]) for s in found.values())) if len(found) > 1 else set()
+    for status_file, status in found.items():
+        name = " ".join(o for o in status["overrides"] if o not in common)
+        result_file = status_file.with_name(RESULT)
+        if status["state"] == "done" and result_file.is_file():
+            result = json.loads(result_file.read_text())
+            if "overall" not in result:
+                continue
+            overall, seconds = result["overall"], result["seconds"]["total"]
+            cells = [f"{100 * overall[m]:.1f}" if overall else "–" for m in ("precision", "recall", "f1")]
+            rows.append([name, *cells, f"{seconds:.0f}", "" if overall else "no gold"])
+        elif status["state"] != "done":
+            rows.append([name, "–", "–", "–", "–", f"{status['state']}: {status['error'] or ''}"])
+    if rows:
+        head = ["job", "P", "R", "F1", "seconds", *(["note"] if any(r[-1] for r in rows) else [])]
+        rows.sort(key=lambda row: natural(row[0]))
+        print_table(" ".join([str(sweep), *sorted(common)]), head, [r[: len(head)] for r in rows])
+
+
+def natural(name: str) -> list[Any]:
+    """A sort key in which numbers count as numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

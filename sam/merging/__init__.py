@@ -1,0 +1,27 @@
+"""Merging experts: pure functions on deltas, deltas from adapter folders, and applying a merge to a model."""
+
+from sam.merging.apply import MergedWeights, merged
+from sam.merging.deltas import AdapterDeltas, Factors
+from sam.merging.factors import factor_linear, factor_ties
+from sam.merging.functions import dare, dare_ties, linear, task_arithmetic, ties
+from sam.merging.merge import MERGE_VERSION, merge_modules, model_key
+from sam.merging.spec import USES, MergeSpec
+
+__all__ = [
+    "MERGE_VERSION",
+    "USES",
+    "AdapterDeltas",
+    "Factors",
+    "MergeSpec",
+    "MergedWeights",
+    "dare",
+    "dare_ties",
+    "factor_linear",
+    "factor_ties",
+    "linear",
+    "merge_modules",
+    "merged",
+    "model_key",
+    "task_arithmetic",
+    "ties",
+]

@@ -1,0 +1,263 @@
+"""Merging one module at a time: the engine under :mod:`sam.merging.functions` and ``merge_modules``.
+
+Every function takes *delta sets*, one an expert: a ``dict[str, Tensor]``, or anything that computes a module's delta
+when it is asked for. It checks its options at once and returns an iterator of (module, merged delta, fp32), modules
+in order of name. Held at a time: the (trimmed) deltas of one module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sam.errors import SamError
+from sam.merging.checks import check_choice, check_density, check_lam, check_seed, raw_weights, relative_weights
+from sam.merging.trim import BLOCK, Trimmer, find_cut
+
+TRIM_SCOPES = ("tensor", "global")
+SIGNS = ("sum", "count")
+AGGREGATES = ("mean", "sum")
+
+_TINY = torch.finfo(torch.float32).tiny
+
+Merged = Iterator[tuple[str, Tensor]]
+Change = Callable[[int, str, Tensor], Iterable[Tensor]]
+"""(expert's index, module, delta) to what of the delta takes part in the merge, as flat blocks of ``BLOCK`` entries."""
+
+
+class DeltaSet(Protocol):
+    """One expert's deltas by module name; a module that it lacks is a zero delta."""
+
+    def __getitem__(self, module: str, /) -> Tensor: ...
+
+    def __contains__(self, module: object, /) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+def ties_stream(
+    sets: Sequence[DeltaSet],
+    *,
+    density: float,
+    lam: float,
+    trim_scope: str,
+    sign: str,
+    aggregate: str,
+    weights: Sequence[float] | None,
+) -> Merged:
+    """TIES; see :func:`sam.merging.functions.ties`."""
+    check_density(density)
+    check_choice(trim_scope, TRIM_SCOPES, "trim_scope")
+    vote_weights = _check_vote(len(sets), lam, sign, aggregate, weights)
+    return _vote_stream(sets, lambda: _trimming(sets, density, trim_scope), vote_weights, lam, sign, aggregate)
+
+
+def dare_ties_stream(
+    sets: Sequence[DeltaSet],
+    *,
+    density: float,
+    seed: int,
+    lam: float,
+    sign: str,
+    aggregate: str,
+    weights: Sequence[float] | None,
+    names: Sequence[str] | None,
+) -> Merged:
+    """DARE, then the vote of TIES; see :func:`sam.merging.functions.dare_ties`. ``density`` is 1 - drop."""
+    change = _dropping(len(sets), density, seed, names)
+    vote_weights = _check_vote(len(sets), lam, sign, aggregate, weights)
+    return _vote_stream(sets, lambda: change, vote_weights, lam, sign, aggregate)
+
+
+def dare_stream(
+    sets: Sequence[DeltaSet],
+    *,
+    density: float,
+    seed: int,
+    lam: float,
+    weights: Sequence[float] | None,
+    names: Sequence[str] | None,
+) -> Merged:
+    """DARE, then the weighted mean; see :func:`sam.merging.functions.dare`. ``density`` is 1 - drop."""
+    check_lam(lam)
+    change = _dropping(len(sets), density, seed, names)
+    scaled = relative_weights(weights, len(sets))
+    return _sum_stream(sets, change, scaled, sum(scaled), lam)
+
+
+def linear_stream(sets: Sequence[DeltaSet], *, lam: float, weights: Sequence[float] | None) -> Merged:
+    """The weighted mean; see :func:`sam.merging.functions.linear`."""
+    check_lam(lam)
+    scaled = relative_weights(weights, len(sets))
+    return _sum_stream(sets, _unchanged, scaled, sum(scaled), lam)
+
+
+def task_arithmetic_stream(sets: Sequence[DeltaSet], *, lam: float, weights: Sequence[float] | None) -> Merged:
+    """The weighted sum; see :func:`sam.merging.functions.task_arithmetic`."""
+    check_lam(lam)
+    return _sum_stream(sets, _unchanged, raw_weights(weights, len(sets), signed=True), 1.0, lam)
+
+
+def drop_generator(seed: int, name: str, module: str) -> torch.Generator:
+    """The generator, on the CPU, that draws which entries of an expert's module DARE keeps.
+
+    It is seeded with SHA-256 of (seed, expert, module): neither the order of the experts, nor the global random
+    state, nor the device, nor Python's salted ``hash`` has a part in it.
+    """
+    digest = hashlib.sha256(json.dumps([seed, name, module]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _check_vote(count: int, lam: float, sign: str, aggregate: str, weights: Sequence[float] | None) -> list[float]:
+    check_lam(lam)
+    check_choice(sign, SIGNS, "sign")
+    check_choice(aggregate, AGGREGATES, "aggregate")
+    return relative_weights(weights, count) if aggregate == "mean" else raw_weights(weights, count)
+
+
+def _unchanged(_index: int, _module: str, delta: Tensor) -> Iterable[Tensor]:
+    return _blocks(delta)
+
+
+def _trimming(sets: Sequence[DeltaSet], density: float, scope: str) -> Change:
+    """Trim each module by itself, or (global) all of an expert's modules at one threshold, found here first."""
+    if density == 1:
+        return _unchanged
+    if scope == "tensor":
+        return lambda _index, _module, delta: map(Trimmer(find_cut(lambda: [delta], density)), _blocks(delta))
+    trimmers = [Trimmer(find_cut(partial(_all_deltas, one), density)) for one in sets]
+    return lambda index, _module, delta: map(trimmers[index], _blocks(delta))
+
+
+def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None) -> Change:
+    """Keep each entry with probability ``density`` and divide it by that, so that the mean stays."""
+    check_density(density)
+    check_seed(seed)
+    experts = [str(index) for index in range(count)] if names is None else list(names)
+    if len(experts) != count or len(set(experts)) != count:
+        raise SamError(f"names={experts!r} must hold one name an expert ({count}), all different")
+    if density == 1:
+        return _unchanged
+
+    def drop(index: int, module: str, delta: Tensor) -> Iterator[Tensor]:
+        generator = drop_generator(seed, experts[index], module)
+        for block in _blocks(delta):
+            kept = torch.rand(block.shape, generator=generator) < density
+            yield (block * kept.to(block.device)).div_(density)
+
+    return drop
+
+
+def _sum_stream(sets: Sequence[DeltaSet], change: Change, weights: list[float], divisor: float, lam: float) -> Merged:
+    for module in _module_names(sets):
+        yield module, _scaled(_sum_module(sets, module, change, weights).div_(divisor), lam)
+
+
+def _sum_module(sets: Sequence[DeltaSet], module: str, change: Change, weights: list[float]) -> Tensor:
+    merged = torch.empty(0)
+    for number, (index, delta) in enumerate(_present(sets, module)):
+        merged = merged if number else _empty_like(delta).zero_()
+        for out, part in zip(_blocks(merged), change(index, module, delta), strict=True):
+            out.add_(part, alpha=weights[index])
+    return merged
+
+
+def _vote_stream(
+    sets: Sequence[DeltaSet],
+    prepare: Callable[[], Change],
+    weights: list[float],
+    lam: float,
+    sign: str,
+    aggregate: str,
+) -> Merged:
+    change = prepare()  # here, not at the call: a global trim reads every delta
+    for module in _module_names(sets):
+        yield module, _scaled(_vote_module(sets, module, change, weights, sign, aggregate), lam)
+
+
+def _vote_module(
+    sets: Sequence[DeltaSet], module: str, change: Change, weights: list[float], sign: str, aggregate: str
+) -> Tensor:
+    present = list(_present(sets, module))
+    merged = _empty_like(present[0][1])
+    changed = [change(index, module, delta) for index, delta in present]
+    part_weights = [weights[index] for index, _ in present]
+    for out, *parts in zip(_blocks(merged), *changed, strict=True):
+        out.copy_(_vote(parts, part_weights, sign, aggregate))
+    return merged
+
+
+def _vote(parts: list[Tensor], weights: list[float], sign: str, aggregate: str) -> Tensor:
+    """Elect a sign an entry and aggregate the parts that agree with it."""
+    elected = _elected_sign(parts, weights, sign)
+    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
+    for part, weight in zip(parts, weights, strict=True):
+        agreeing = (part * elected).clamp_(min=0)  # the magnitude where the sign agrees, else 0
+        total.add_(agreeing, alpha=weight)
+        if aggregate == "mean":
+            mass.add_(agreeing.sign_(), alpha=weight)
+    if aggregate == "mean":
+        total.div_(mass.clamp_(min=_TINY))  # where none agrees the total is 0 and stays 0
+    return total.mul_(elected)
+
+
+def _elected_sign(parts: list[Tensor], weights: list[float], sign: str) -> Tensor:
+    """-1, 0 or 1 an entry."""
+    by_sum = _weighted_sum(parts, weights).sign_()
+    if sign == "sum":
+        return by_sum
+    by_count = _weighted_sum([part.sign() for part in parts], weights).sign_()
+    return torch.where(by_count == 0, by_sum, by_count)
+
+
+def _weighted_sum(parts: list[Tensor], weights: list[float]) -> Tensor:
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.add_(part, alpha=weight)
+    return total
+
+
+def _scaled(merged: Tensor, lam: float) -> Tensor:
+    return merged if lam == 1 else merged.mul_(lam)
+
+
+def _empty_like(delta: Tensor) -> Tensor:
+    return torch.empty_like(delta, memory_format=torch.contiguous_format)
+
+
+def _blocks(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.reshape(-1).split(BLOCK)
+
+
+def _module_names(sets: Sequence[DeltaSet]) -> list[str]:
+    return sorted({module for one in sets for module in one})
+
+
+def _read(one: DeltaSet, module: str) -> Tensor:
+    return one[module].detach().to(torch.float32)
+
+
+def _all_deltas(one: DeltaSet) -> Iterator[Tensor]:
+    return (_read(one, module) for module in sorted(one))
+
+
+def _present(sets: Sequence[DeltaSet], module: str) -> Iterator[tuple[int, Tensor]]:
+    """(expert's index, fp32 delta) of the experts that have ``module``; SamError if their shapes differ."""
+    shape: tuple[int, ...] | None = None
+    for index, one in enumerate(sets):
+        if module not in one:
+            continue
+        delta = _read(one, module)
+        if shape is not None and tuple(delta.shape) != shape:
+            of = f" of module {module}" if module else ""
+            raise SamError(
+                f"deltas{of} have shapes {list(shape)} and {list(delta.shape)}; merge experts of the same base model"
+            )
+        shape = tuple(delta.shape)
+        yield index, delta

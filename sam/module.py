@@ -1,0 +1,146 @@
+"""SamModule: selection, merging, decoding and scoring of one target, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from sam.combine import check_rule, combine
+from sam.encoder import Encoder
+from sam.engine import SINGLE, Engine
+from sam.errors import SamError
+from sam.merging import MergeSpec
+from sam.ner import Prediction, Sentence
+from sam.scoring import Scores, score
+from sam.selection import Query, Selection, check, select
+from sam.targets import Target
+
+
+class _GiveBack(L.Callback):
+    """Gives the base model back as it was, whatever stops a run."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        cast(SamModule, pl_module).engine.reset()
+
+
+class SamModule(L.LightningModule):
+    """``Trainer.test(module)`` scores the target, ``Trainer.predict(module)`` returns its predictions, longest first.
+
+    Selection happens in ``setup``; then there is one dataloader a task model, so that each merge is applied once.
+    After a run, ``selections``, ``predictions`` (model -> sentence id -> prediction), ``combined()`` and ``scores()``
+    hold what was found. ``named`` selections take ``experts``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        encoder: Encoder,
+        target: Target,
+        *,
+        selector: str = "sam",
+        k: int = 3,
+        sample_size: int = 10,
+        merge: MergeSpec,
+        rule: str = "union",
+        seed: int = 0,
+        names: Sequence[str] | None = None,
+        experts: Sequence[str] = (),
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        pool_names = list(engine.pool.names if names is None else names)
+        check(selector, k, sample_size, pool_names, engine.pool, experts)
+        merge.validate()
+        check_rule(rule)
+        self.engine, self.target, self.merge, self.rule, self.selector = engine, target, merge, rule, selector
+        self.progress = progress
+        self.query = Query(
+            target, engine.pool, pool_names, encoder, self._ask, k, sample_size, seed, experts=tuple(experts)
+        )
+        self.selections: dict[str, Selection] = {}
+        self.predictions: dict[str, dict[str, Prediction]] = {}
+
+    def _ask(self, expert: str, texts: Sequence[str]) -> list[Prediction]:
+        """What one expert alone finds, for selection."""
+        return self.engine.predict([expert], SINGLE, self.target.types, texts)
+
+    def setup(self, stage: str) -> None:
+        """Select, once. Raises SamError where a target without gold is to be scored."""
+        if stage == "test" and not self.target.scored:
+            raise SamError(f"target {self.target.name} has no gold to score against; use Trainer.predict")
+        if not self.selections:
+            with self.engine.timed("select"):
+                self.selections = select(self.selector, self.query)
+            self.predictions = {name: {} for name in self.selections}
+
+    def _loaders(self, sentences: Sequence[Sentence]) -> list[DataLoader]:
+        # Longest first, in large chunks: the engine cuts them into batches of similar length.
+        ordered = sorted(sentences, key=lambda s: (-len(s.text), s.id))
+        size = 4 * self.engine.decoding.batch_size
+        return [DataLoader(ordered, batch_size=size, collate_fn=list) for _ in self.selections]  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """The sentences with gold, once a task model."""
+        return self._loaders(self.target.scored)
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """All sentences, once a task model."""
+        return self._loaders(self.target.sentences)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Sentences have no device; the engine puts token ids on the base model's."""
+        return batch
+
+    def _step(self, batch: list[Sentence], loader: int) -> list[Prediction]:
+        name = list(self.selections)[loader]
+        found = self.engine.predict(
+            self.selections[name].experts, self.merge, self.target.types, [s.text for s in batch], self.progress
+        )
+        self.predictions[name].update({s.id: p for s, p in zip(batch, found, strict=True)})
+        return found
+
+    def test_step(self, batch: list[Sentence], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Decode a chunk with one task model."""
+        self._step(batch, dataloader_idx)
+
+    def predict_step(self, batch: list[Sentence], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Decode a chunk with one task model; returns a dict a sentence: id, model, and the prediction's fields.
+
+        Plain values, as Lightning copies what it collects, and cannot copy a frozen dataclass.
+        """
+        found, model = self._step(batch, dataloader_idx), list(self.selections)[dataloader_idx]
+        return [{"id": s.id, "model": model, **asdict(p)} for s, p in zip(batch, found, strict=True)]
+
+    def on_test_epoch_end(self) -> None:
+        """Log precision, recall and F1 of each task model and of the combination."""
+        for name, scores in self.scores().items():
+            for metric in ("precision", "recall", "f1", "span_f1"):
+                self.log(f"{self.target.name}/{name}/{metric}", getattr(scores, metric))
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Lightning does not call ``teardown`` after an error."""
+        return [_GiveBack()]
+
+    def teardown(self, stage: str) -> None:
+        """Hand the base model back as it was."""
+        self.engine.reset()
+
+    def combined(self) -> dict[str, Prediction]:
+        """Sentence id -> the task models' predictions combined, for the sentences that all have answered."""
+        models = list(self.predictions.values())
+        texts = {s.id: s.text for s in self.target.sentences}
+        done = [i for i in texts if all(i in found for found in models)]
+        return {i: combine([m[i] for m in models], texts[i], self.rule, self.target.types) for i in done}
+
+    def scores(self) -> dict[str, Scores]:
+        """The scores of each task model and, under ``combined``, of their combination.
+
+        Scored are the sentences with gold that all task models have answered; ``n`` says how many.
+        """
+        found: dict[str, Any] = {**self.predictions, "combined": self.combined()}
+        scored = [s for s in self.target.scored if s.id in found["combined"]]
+        return {name: score(scored, [predicted[s.id] for s in scored]) for name, predicted in found.items()}

@@ -1,0 +1,61 @@
+"""The nouns of named entity recognition: what a mention and a sentence are.
+
+Offsets count characters (Python string indices), end exclusive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Pair = tuple[str, str]
+"""An (entity type, surface text) pair: what a generated answer holds and what set scores compare."""
+
+
+@dataclass(frozen=True, order=True)
+class Mention:
+    """A typed span of a sentence: ``sentence.text[start:end]`` is an entity of type ``type``."""
+
+    start: int
+    end: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text with its gold mentions, in order of start; ``mentions`` is None where there is no gold."""
+
+    id: str
+    text: str
+    mentions: tuple[Mention, ...] | None = None
+
+    def surface(self, mention: Mention) -> str:
+        """The text that ``mention`` covers."""
+        return self.text[mention.start : mention.end]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The distinct (type, text) pairs of the gold mentions, in order of appearance."""
+        return tuple(dict.fromkeys((m.type, self.surface(m)) for m in self.mentions or ()))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one model found in one sentence.
+
+    ``pairs`` are the distinct (type, text) pairs as answered, also those that are not in the sentence or
+    not of a type asked for (they count as false positives); ``mentions`` are their aligned, flat spans.
+    """
+
+    pairs: tuple[Pair, ...]
+    mentions: tuple[Mention, ...]
+    answer: str
+    unparsable: bool = False
+    truncated: bool = False
+    not_in_sentence: int = 0
+    not_asked: int = 0
+
+
+def entity_types(sentences: Iterable[Sentence]) -> list[str]:
+    """The distinct gold types of ``sentences``, sorted."""
+    return sorted({m.type for s in sentences for m in s.mentions or ()})

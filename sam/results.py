@@ -1,0 +1,93 @@
+"""What leaves a run: ``result.json`` (written last, by rename), ``predictions.jsonl`` and ``status.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sam
+
+SCHEMA = 1
+RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
+PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")
+
+RIM = ("logger", "trainer", "answers", "cache", "sweep")
+"""Config sections that cannot change a result; they stay out of the config hash."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, this package and the libraries that can change a result."""
+    found = {"python": platform.python_version(), "sam": sam.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with ``+dirty`` if files differ from it; None outside a checkout of this project."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An environment may lie within the checkout of another project.
+    ours = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = git("rev-parse", "HEAD") if ours else None
+    return f"{commit}+dirty" if commit and git("status", "--porcelain", "-uno") else commit
+
+
+def config_hash(config: Mapping[str, Any], **facts: Any) -> str:
+    """The hash of a resolved config without :data:`RIM`, and of ``facts`` it stands on (expert hashes, code)."""
+    science = {key: value for key, value in config.items() if key not in RIM}
+    text = json.dumps([science, facts], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write by rename, so that a file that is there is whole."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines by rename."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` by rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = path.with_name(f".{path.name}.{os.getpid()}")
+    stage.write_text(text, encoding="utf-8")
+    stage.replace(path)
+
+
+def read_done(folder: Path, digest: str) -> dict[str, Any] | None:
+    """The result in ``folder`` if it is of this config hash, else None."""
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    same = isinstance(result, dict) and (result.get("config_hash"), result.get("schema")) == (digest, SCHEMA)
+    return result if same else None
+
+
+def write_status(folder: Path, state: str, overrides: Iterable[str], error: str | None = None) -> None:
+    """``state``: running | failed | done, for the sweep's summary and for tables."""
+    write_json(folder / STATUS, {"state": state, "error": error, "overrides": list(overrides)})

@@ -1,0 +1,25 @@
+"""Domain similarity: cosine between the target's centroid and each expert's (the paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sam.encoder import Encoder, cosine
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.selection.types import Ranking
+
+
+def rank(texts: Sequence[str], names: Sequence[str], pool: Pool, encoder: Encoder, seed: int = 0) -> Ranking:
+    """Rank experts ``names`` by the similarity of their training sentences to ``texts`` (unlabelled).
+
+    Raises SamError if an expert's centroid comes from another encoder.
+    """
+    for name in names:
+        if pool.cards[name].encoder != encoder.spec.name:
+            raise SamError(
+                f"expert {name!r} has a centroid by encoder {pool.cards[name].encoder}, not {encoder.spec.name}; "
+                f"choose encoder={pool.cards[name].encoder} or train the expert with encoder={encoder.spec.name}"
+            )
+    centroid = encoder.centroid(texts, seed=seed)
+    return Ranking.by({name: round(cosine(centroid, pool.cards[name].centroid), 6) for name in names})

@@ -1,0 +1,20 @@
+"""The oracle: experts ranked by F1 on the target's gold labels. For analysis; not a method, it sees the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sam.errors import SamError
+from sam.ner import Sentence
+from sam.scoring import score
+from sam.selection.sampling import Ask
+from sam.selection.types import Ranking
+
+
+def rank(sentences: Sequence[Sentence], names: Sequence[str], ask: Ask) -> Ranking:
+    """Rank experts ``names`` by F1 on ``sentences``, which must have gold."""
+    if not sentences:
+        raise SamError("selector=oracle ranks by gold labels, and the target has none; choose another selector")
+    texts = [s.text for s in sentences]
+    scores = {name: round(score(sentences, ask(name, texts)).f1, 6) for name in names}
+    return Ranking.by(scores, {"by": "F1 on the target's gold labels"})

@@ -1,0 +1,133 @@
+"""The selectors: from rankings to the selections that are merged, one a task model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sam.encoder import Encoder
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.seeding import rng
+from sam.selection import domain, oracle, sampling
+from sam.selection.sampling import Ask
+from sam.selection.types import Ranking, Selection
+from sam.targets import Target
+
+
+@dataclass
+class Query:
+    """All that a selector may look at; rankings are made when asked for, once."""
+
+    target: Target
+    pool: Pool
+    names: Sequence[str]
+    encoder: Encoder
+    ask: Ask
+    k: int
+    sample_size: int
+    seed: int
+    experts: Sequence[str] = ()
+
+    @cached_property
+    def domain(self) -> Ranking:
+        """By domain similarity."""
+        return domain.rank(self.target.unlabelled, self.names, self.pool, self.encoder, self.seed)
+
+    @cached_property
+    def sampling(self) -> Ranking:
+        """By sampling evaluation."""
+        texts = self.target.unlabelled
+        ids = sampling.draw(texts, self.sample_size, self.seed, self.target.name)
+        if not ids:
+            raise SamError(f"target {self.target.name} has no unlabelled sentence to sample; give at least one")
+        return sampling.rank(texts, ids, self.names, self.ask)
+
+
+def _sam(query: Query) -> dict[str, Selection]:
+    return {**_domain(query), **_sampling(query)}
+
+
+def _domain(query: Query) -> dict[str, Selection]:
+    return {"domain": Selection.top("domain", query.domain, query.k)}
+
+
+def _sampling(query: Query) -> dict[str, Selection]:
+    return {"sampling": Selection.top("sampling", query.sampling, query.k)}
+
+
+def _sameco(query: Query) -> dict[str, Selection]:
+    """Our reading of SaMeco (the paper's section 4.4 names one model at one inference): mean of the two ranks.
+
+    Equal means go to the better one by domain similarity.
+    """
+    by_domain, by_sampling = query.domain.experts, query.sampling.experts
+    ranks = {name: (by_domain.index(name) + by_sampling.index(name)) / 2 + 1 for name in query.names}
+    order = tuple(sorted(ranks, key=lambda name: (ranks[name], by_domain.index(name))))
+    details = {**query.sampling.details, "by": "mean rank"}
+    details |= {"domain": query.domain.scores, "sampling": query.sampling.scores}
+    ranking = Ranking(order, {name: -ranks[name] for name in order}, details)
+    return {"sameco": Selection.top("sameco", ranking, query.k)}
+
+
+def _random(query: Query) -> dict[str, Selection]:
+    drawn = rng("random", query.seed, query.target.name).sample(sorted(query.names), query.k)
+    return {"random": Selection("random", tuple(drawn), {})}
+
+
+def _all(query: Query) -> dict[str, Selection]:
+    return {"all": Selection("all", tuple(query.names), {})}
+
+
+def _named(query: Query) -> dict[str, Selection]:
+    return {"named": Selection("named", tuple(query.experts), {})}
+
+
+def _oracle(query: Query) -> dict[str, Selection]:
+    ranking = oracle.rank(query.target.scored, query.names, query.ask)
+    return {"oracle": Selection.top("oracle", ranking, query.k)}
+
+
+@dataclass(frozen=True)
+class Selector:
+    """``models``: the names of the task models that it makes; ``uses_k``: whether k bounds them."""
+
+    choose: Callable[[Query], dict[str, Selection]]
+    models: tuple[str, ...]
+    uses_k: bool = True
+    uses_sample: bool = False
+    uses_gold: bool = False
+
+
+SELECTORS: dict[str, Selector] = {
+    "sam": Selector(_sam, ("domain", "sampling"), uses_sample=True),
+    "sameco": Selector(_sameco, ("sameco",), uses_sample=True),
+    "domain": Selector(_domain, ("domain",)),
+    "sampling": Selector(_sampling, ("sampling",), uses_sample=True),
+    "random": Selector(_random, ("random",)),
+    "all": Selector(_all, ("all",), uses_k=False),
+    "named": Selector(_named, ("named",), uses_k=False),
+    "oracle": Selector(_oracle, ("oracle",), uses_gold=True),
+}
+
+
+def check(name: str, k: int, sample_size: int, names: Sequence[str], pool: Pool, experts: Sequence[str]) -> None:
+    """Refuse a selection that cannot be made, before anything is loaded."""
+    if name not in SELECTORS:
+        raise SamError(f"selector={name} is unknown; allowed: {', '.join(SELECTORS)}")
+    selector = SELECTORS[name]
+    if selector.uses_k and not (isinstance(k, int) and 1 <= k <= len(names)):
+        raise SamError(f"k={k} must lie in 1..{len(names)}, the size of the pool ({', '.join(names)})")
+    if selector.uses_sample and not (isinstance(sample_size, int) and sample_size >= 1):
+        raise SamError(f"sample_size={sample_size} must be at least 1")
+    if name == "named":
+        if not experts:
+            raise SamError(f"selector=named needs selector.experts=[…]; the pool holds: {', '.join(pool.cards)}")
+        for expert in experts:
+            pool.folder(expert)
+
+
+def select(name: str, query: Query) -> dict[str, Selection]:
+    """The selections that selector ``name`` makes: task model name -> experts to merge for it."""
+    return SELECTORS[name].choose(query)

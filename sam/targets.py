@@ -1,0 +1,116 @@
+"""Targets: the sentences and entity types of a new domain, and its unlabelled sentences for selection."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sam import corpora
+from sam.errors import SamError
+from sam.ner import Sentence, entity_types
+
+MISC = "miscellaneous"
+KINDS = ("mini", "corpus", "files")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What SaM is asked: ``sentences`` to extract ``types`` from, and ``unlabelled`` texts that selection may see.
+
+    Sentences with gold mentions (of ``types`` only) are scored; their gold is never used to select, but by the oracle.
+    """
+
+    name: str
+    types: tuple[str, ...]
+    sentences: tuple[Sentence, ...]
+    unlabelled: tuple[str, ...]
+
+    @property
+    def scored(self) -> tuple[Sentence, ...]:
+        """The sentences that have gold."""
+        return tuple(s for s in self.sentences if s.mentions is not None)
+
+
+def load_targets(config: Mapping[str, Any], limit: int | None = None) -> list[Target]:
+    """The targets of a ``target`` config, each of at most ``limit`` sentences (the first ones).
+
+    Raises SamError for a type that no target has, an empty target, or files that cannot be read.
+    """
+    if limit is not None and not (isinstance(limit, int) and limit >= 1):
+        raise SamError(f"limit={limit} must be at least 1 (or null for all sentences)")
+    if not config.get("sets"):
+        raise SamError("target names no set; choose one or more: target=mini_movie, target=[crossner_ai,mit_movie]")
+    if not config["sets"]:
+        raise SamError("target=custom names no sets; give '+target.sets.NAME={kind: corpus, dataset: …, split: …}'")
+    raw = [_load(name, part, config) for name, part in config["sets"].items()]
+    wanted = _wanted(config, sorted({t for target in raw for t in target.types}))
+    return [_restrict(target, wanted, bool(config["keep_misc"]), limit) for target in raw]
+
+
+def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Target:
+    if part["kind"] == "mini":
+        return mini(part["dataset"], name)
+    if part["kind"] == "corpus":
+        spec = corpora.spec(part["dataset"])
+        sentences = corpora.load(part["dataset"], part["split"])
+        found = set(entity_types(sentences))
+        unlabelled = [s.text for s in corpora.load(part["dataset"], part["unlabelled"])]
+        return Target(name, tuple(t for t in spec.types if t in found), tuple(sentences), tuple(unlabelled))
+    if part["kind"] == "files":
+        return _from_files(name, config)
+    raise SamError(f"target.sets.{name}.kind={part['kind']} is unknown; allowed: {', '.join(KINDS)}")
+
+
+def _from_files(name: str, config: Mapping[str, Any]) -> Target:
+    types = config["types"]
+    if not types or isinstance(types, str):
+        raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
+    repeated = sorted({t for t in types if types.count(t) > 1})
+    if repeated:
+        raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
+    sentences = corpora.read_file(Path(config["path"]).expanduser(), None)
+    others = corpora.read_file(Path(config["unlabelled"]).expanduser(), None) if config["unlabelled"] else sentences
+    found = entity_types(sentences)
+    if found and not set(found) & set(types):
+        raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(found)}")
+    return Target(name, tuple(types), tuple(sentences), tuple(s.text for s in others))
+
+
+def mini(dataset: str, name: str | None = None) -> Target:
+    """One of the embedded mini targets: ai, literature, music, politics, science, movie, restaurant."""
+    folder = Path(corpora.__file__).parent / "mini"
+    known = sorted(p.stem for p in folder.glob("*.jsonl"))
+    if dataset not in known:
+        raise SamError(f"mini target {dataset!r} is unknown; allowed: {', '.join(known)}")
+    sentences = corpora.read_file(folder / f"{dataset}.jsonl", None)
+    unlabelled = [s.text for s in corpora.read_file(folder / f"{dataset}.unlabelled.txt", None)]
+    return Target(name or f"mini_{dataset}", tuple(entity_types(sentences)), tuple(sentences), tuple(unlabelled))
+
+
+def _wanted(config: Mapping[str, Any], known: Sequence[str]) -> set[str] | None:
+    types = config["types"]
+    if not types:
+        return None
+    for entity_type in [types] if isinstance(types, str) else types:
+        if entity_type not in known:
+            near = difflib.get_close_matches(str(entity_type), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SamError(f"target.types: {entity_type!r} is unknown; the target has: {', '.join(known)}{hint}")
+    return {types} if isinstance(types, str) else set(types)
+
+
+def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool, limit: int | None) -> Target:
+    types = [t for t in target.types if (wanted is None and (keep_misc or t != MISC)) or (wanted and t in wanted)]
+    if not types:
+        raise SamError(f"target {target.name} has none of the types asked for; it has: {', '.join(target.types)}")
+    if not target.sentences:
+        raise SamError(f"target {target.name} has no sentences; give at least one")
+    asked = set(types)
+    sentences = [
+        s if s.mentions is None else replace(s, mentions=tuple(m for m in s.mentions if m.type in asked))
+        for s in target.sentences[:limit]
+    ]
+    return replace(target, types=tuple(types), sentences=tuple(sentences))

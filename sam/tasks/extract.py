@@ -1,0 +1,354 @@
+"""The task ``run``: select, merge, extract and score on the targets of a config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sam import prompts
+from sam.base import BaseSpec
+from sam.combine import check_rule
+from sam.console import console, print_table, say
+from sam.decoding import AnswerStore, DecodeSpec
+from sam.encoder import Encoder, EncoderSpec
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.merging import MergeSpec
+from sam.merging.checks import check_seed
+from sam.ner import Mention, Prediction
+from sam.paths import cache_dir
+from sam.results import (
+    PREDICTIONS,
+    RESULT,
+    SCHEMA,
+    config_hash,
+    git_commit,
+    read_done,
+    versions,
+    write_json,
+    write_lines,
+    write_status,
+)
+from sam.selection.select import SELECTORS, check
+from sam.targets import Target, load_targets
+from sam.tracking import tracked
+
+log = logging.getLogger(__name__)
+
+MAIN = ("precision", "recall", "f1", "span_f1")
+
+
+@dataclass
+class Plan:
+    """A checked config: everything that a run needs, nothing large loaded yet."""
+
+    base: BaseSpec
+    encoder: EncoderSpec
+    pool: Pool
+    names: list[str]
+    experts: list[str]
+    merge: MergeSpec
+    decode: DecodeSpec
+    targets: list[Target]
+
+
+def plan(config: Mapping[str, Any]) -> Plan:
+    """Check all of ``config`` before any model is loaded; raises SamError with the first thing that is wrong."""
+    known = [f.name for f in fields(MergeSpec)]
+    if unknown := sorted(set(config["merge"]) - set(known)):
+        raise SamError(f"merge.{unknown[0]} is unknown; allowed: {', '.join(known)}")
+    merge = MergeSpec(**config["merge"])
+    merge.validate()
+    check_seed(config["seed"], "seed")
+    decode = DecodeSpec.from_config(config["decode"])
+    check_rule(config["combine"]["rule"])
+    if config["answers"] not in ("reuse", "fresh"):
+        raise SamError(f"answers={config['answers']} is unknown; allowed: reuse, fresh")
+    pool = Pool(config["experts"]["path"])
+    names = pool_names(pool, listed(config["experts"]["only"]), listed(config["experts"]["exclude"]))
+    selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
+    check(selector, config["k"], config["sample_size"], names, pool, experts)
+    if merge.weights is not None:
+        chosen = len(experts) if selector == "named" else len(names) if selector == "all" else config["k"]
+        if chosen > 1 and len(merge.weights) != chosen:
+            raise SamError(f"merge.weights has {len(merge.weights)} values for {chosen} experts; give one an expert")
+    targets = load_targets(config["target"], config["limit"])
+    if SELECTORS[selector].uses_gold and not all(t.scored for t in targets):
+        raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
+    base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
+    from sam.base import fingerprint, folder
+
+    pool.check(fingerprint(folder(base)), prompts.PROMPT_VERSION, sorted({*names, *experts}))
+    return Plan(base, encoder, pool, names, experts, merge, decode, targets)
+
+
+def listed(names: str | Sequence[str] | None) -> list[str]:
+    """A list of names from a config, where one name may stand bare."""
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def pool_names(pool: Pool, only: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The names to rank: the pool's experts, narrowed by ``only`` and ``exclude``."""
+    for name in [*only, *exclude]:
+        pool.folder(name)
+    names = [n for n in pool.names if (not only or n in only) and n not in exclude]
+    if not names:
+        raise SamError(f"experts.only and experts.exclude leave no expert; the pool holds: {', '.join(pool.names)}")
+    return names
+
+
+def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], group: str | None) -> float:
+    """Run the config into ``folder``; a folder that holds its result already is left as it is. Returns mean F1."""
+    begin = time.perf_counter()
+    planned = plan(config)
+    digest = config_hash(config, **facts(planned))
+    done = read_done(folder, digest)
+    if done is not None:
+        say(f"already done: {folder / RESULT}")
+        return float(done["overall"]["f1"] if done["overall"] else "nan")
+    # An older result of another config must not pass for this one's while it runs, or if it is killed.
+    write_status(folder, "running", overrides)
+    (folder / RESULT).unlink(missing_ok=True)
+    with tracked(config, folder, group, name=" ".join(overrides) or "run") as run:
+        result, rows = run_targets(config, planned)
+        result = {**head(config, digest, overrides, planned), **result}
+        result["seconds"]["total"] = round(time.perf_counter() - begin, 2)
+        if run is not None:
+            run.log(metrics(result))
+        write_lines(folder / PREDICTIONS, rows)
+        write_json(folder / RESULT, result)
+    show(result, folder)
+    return float(result["overall"]["f1"] if result["overall"] else "nan")
+
+
+def facts(planned: Plan) -> dict[str, Any]:
+    """What a result stands on beside its config: the code's version, the experts' and the targets' content."""
+    from sam.base import fingerprint, folder, sha256_of
+    from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+
+    # The card too: its centroid decides who is selected.
+    files = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
+    chosen = sorted({*planned.names, *planned.experts})
+    experts = {n: sha256_of(*(planned.pool.folder(n) / file for file in files)) for n in chosen}
+    data = repr([(t.name, t.types, t.sentences, t.unlabelled) for t in planned.targets])
+    return {
+        "schema": SCHEMA,
+        "prompt": prompts.PROMPT_VERSION,
+        "base": fingerprint(folder(planned.base)),
+        "experts": experts,
+        "targets": hashlib.sha256(data.encode()).hexdigest(),
+        "versions": versions(),
+    }
+
+
+def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every target in turn: the result's sections, and the lines of ``predictions.jsonl``."""
+    from sam.engine import Engine
+    from sam.tasks.train import device_of
+
+    with console().status("Loading libraries"):
+        import lightning as L
+
+        from sam.module import SamModule
+
+    store = AnswerStore(cache_dir() / "answers.sqlite") if config["answers"] == "reuse" else None
+    engine = Engine(planned.base, planned.pool, planned.decode, store, device_of(config["trainer"]))
+    encoder = Encoder(planned.encoder)
+    trainer = L.Trainer(
+        accelerator=config["trainer"]["accelerator"],
+        devices=config["trainer"]["devices"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    targets: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    try:
+        with progress_of(planned.targets, len(SELECTORS[config["selector"]["name"]].models)) as progress:
+            warm(config, planned, engine, progress)
+            for target in planned.targets:
+                module = SamModule(
+                    engine,
+                    encoder,
+                    target,
+                    selector=config["selector"]["name"],
+                    k=config["k"],
+                    sample_size=config["sample_size"],
+                    merge=planned.merge,
+                    rule=config["combine"]["rule"],
+                    seed=config["seed"],
+                    names=planned.names,
+                    experts=planned.experts,
+                    progress=progress(target.name),
+                )
+                start = time.perf_counter()
+                trainer.predict(module, return_predictions=False)
+                targets[target.name] = report(module, config, time.perf_counter() - start)
+                rows += prediction_rows(module)
+    finally:
+        engine.reset()
+        if store:
+            store.close()
+    return sections(targets, engine), rows
+
+
+@contextmanager
+def progress_of(targets: Sequence[Target], models: int) -> Iterator[Any]:
+    """A progress bar on the terminal: ``progress(name)`` gives the callback that counts sentences of a target."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(), disable=not console().is_terminal) as bar:
+
+        def callback(name: str, total: int | None = None) -> Any:
+            size = total or models * sum(len(t.sentences) for t in targets if t.name == name)
+            task = bar.add_task(name, total=size)
+            return lambda n: bar.advance(task, n)
+
+        yield callback
+
+
+def warm(config: Mapping[str, Any], planned: Plan, engine: Any, progress: Any) -> None:
+    """Ask each expert about the samples of all targets at once, so that it is applied once and not once a target."""
+    from sam.engine import SINGLE
+    from sam.selection import sampling
+
+    if not SELECTORS[config["selector"]["name"]].uses_sample or engine.store is None:
+        return
+    samples = [
+        (target.types, target.unlabelled[i])
+        for target in planned.targets
+        for i in sampling.draw(target.unlabelled, config["sample_size"], config["seed"], target.name)
+    ]
+    step = progress("sampling evaluation", len(planned.names) * len(samples))
+    for name in planned.names:
+        engine.predict_all([name], SINGLE, samples, step)
+
+
+def report(module: Any, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """One target's section of ``result.json``."""
+    target, scored = module.target, bool(module.target.scored)
+    scores = {name: s.to_dict() for name, s in module.scores().items()} if scored else {}
+    models = {
+        name: {
+            "experts": list(selection.experts),
+            "model_key": module.engine.key(selection.experts, module.merge),
+            "scores": scores.get(name),
+        }
+        for name, selection in module.selections.items()
+    }
+    return {
+        "n": len(target.sentences),
+        "types": list(target.types),
+        "labels_used_for_selection": SELECTORS[module.selector].uses_gold,
+        "selections": {name: s.to_dict() for name, s in module.selections.items()},
+        "models": models,
+        "combined": {"rule": module.rule, "scores": scores.get("combined")},
+        "seconds": round(seconds, 2),
+    }
+
+
+def prediction_rows(module: Any) -> list[dict[str, Any]]:
+    """One target's lines of ``predictions.jsonl``, in the order of its sentences."""
+    target, combined = module.target, module.combined()
+    return [
+        {
+            "target": target.name,
+            "id": s.id,
+            "text": s.text,
+            "gold": None if s.mentions is None else [_mention(m) for m in s.mentions],
+            "prompt": prompts.render(target.types, s.text),
+            "models": {
+                name: {"answer": found[s.id].answer, **_found(found[s.id])}
+                for name, found in module.predictions.items()
+            },
+            "combined": _found(combined[s.id]),
+        }
+        for s in target.sentences
+    ]
+
+
+def _mention(mention: Mention) -> list[Any]:
+    return [mention.type, mention.start, mention.end]
+
+
+def _found(prediction: Prediction) -> dict[str, Any]:
+    return {"pairs": [list(p) for p in prediction.pairs], "mentions": [_mention(m) for m in prediction.mentions]}
+
+
+def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
+    """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
+    found = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "targets": targets,
+        "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
+        "answers": dict(engine.counts),
+        "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
+        "peak_memory_mb": round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)),
+    }
+
+
+def head(config: Mapping[str, Any], digest: str, overrides: Sequence[str], planned: Plan) -> dict[str, Any]:
+    """The result's provenance."""
+    from sam.base import fingerprint, folder
+
+    return {
+        "schema": SCHEMA,
+        "config": json.loads(json.dumps(config, default=str)),
+        "config_hash": digest,
+        "overrides": list(overrides),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "base": {"name": planned.base.name, "fingerprint": fingerprint(folder(planned.base))},
+    }
+
+
+def metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that go to W&B, flat: ``target/model/metric`` and ``mean/metric``."""
+    found = {f"mean/{m}": v for m, v in (result["overall"] or {}).items()}
+    for name, target in result["targets"].items():
+        all_scores = {n: m["scores"] for n, m in target["models"].items()} | {"combined": target["combined"]["scores"]}
+        for model, scores in all_scores.items():
+            found.update({f"{name}/{model}/{m}": scores[m] for m in MAIN if scores})
+    return {**found, "seconds": result["seconds"]["total"], "peak_memory_mb": result["peak_memory_mb"]}
+
+
+def show(result: Mapping[str, Any], folder: Path) -> None:
+    """Print the run's table and where its files are."""
+    oracle = any(t["labels_used_for_selection"] for t in result["targets"].values())
+    rows = []
+    for name, target in result["targets"].items():
+        for model, entry in target["models"].items():
+            label = f"{model} (gold labels used)" if target["labels_used_for_selection"] else model
+            rows.append([name, label, "+".join(entry["experts"]), *_cells(entry["scores"]), ""])
+        rule = target["combined"]["rule"]
+        if len(target["models"]) > 1:
+            rows.append([name, rule, "", *_cells(target["combined"]["scores"]), f"{target['seconds']:.1f}"])
+        else:
+            rows[-1][-1] = f"{target['seconds']:.1f}"
+    overall = result["overall"]
+    if overall and len(result["targets"]) > 1:
+        cells = [f"{100 * overall[m]:.1f}" for m in ("precision", "recall", "f1")]
+        rows.append(["mean", "", "", *cells, "", f"{result['seconds']['total']:.1f}"])
+    note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
+    title = f"merge={result['config']['merge']['name']} k={result['config']['k']}{note}"
+    print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)
+    answers = result["answers"]
+    say(f"{answers.get('decoded', 0)} answers decoded, {answers.get('reused', 0)} reused; {folder / RESULT}")
+
+
+def _cells(scores: Mapping[str, Any] | None) -> list[str]:
+    if scores is None:
+        return ["–", "–", "–", "–"]
+    return [*(f"{100 * scores[m]:.1f}" for m in ("precision", "recall", "f1")), str(scores["unparsable"])]

@@ -1,0 +1,61 @@
+"""The task ``train``: the expert of one domain, or the unified model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from sam.base import Base, BaseSpec, load
+from sam.console import print_table
+from sam.decoding import DecodeSpec
+from sam.encoder import Encoder, EncoderSpec
+from sam.errors import SamError
+from sam.experts.data import Recipe
+from sam.experts.train import train_expert
+from sam.tracking import tracked
+
+log = logging.getLogger(__name__)
+
+
+def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
+    """Train ``config['domain']`` into ``config['task']['out']``; returns its mean held-out F1."""
+    from sam import corpora
+
+    domain, recipe = config["domain"], Recipe.from_config(config["train"])
+    decode = DecodeSpec.from_config(config["decode"])
+    for dataset in (d for part in domain["domains"] for d in part):
+        if "train" not in corpora.spec(dataset).splits:
+            raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
+    base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]))
+    with tracked(config, folder, group, name=f"train {domain['name']}") as run:
+        logger: Any = False
+        if run is not None:
+            from lightning.pytorch.loggers import WandbLogger
+
+            logger = WandbLogger(experiment=run)
+        out, card = train_expert(
+            base,
+            Encoder(EncoderSpec.from_config(config["encoder"])),
+            name=domain["name"],
+            role=domain["role"],
+            domains=domain["domains"],
+            recipe=recipe,
+            out=Path(config["task"]["out"]).expanduser(),
+            work=Path(config["task"]["work"]).expanduser(),
+            trainer=config["trainer"],
+            decode=decode,
+            checkpoint_every=config["task"]["checkpoint_every"],
+            logger=logger,
+        )
+        f1 = float(card.scores["mean_f1"])
+        if run is not None:
+            run.summary["heldout/mean_f1"] = f1
+    rows = [[d, f"{100 * s['f1']:.1f}", str(s["n"])] for d, s in card.scores["datasets"].items()]
+    print_table(f"{out}: held-out F1 (mean {100 * f1:.1f})", ["dataset", "F1", "n"], rows)
+    return f1
+
+
+def device_of(trainer: dict[str, Any]) -> str:
+    """The device that a Lightning ``accelerator`` stands for."""
+    return {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(str(trainer["accelerator"]), "auto")

@@ -1,0 +1,162 @@
+"""Cards and pools: what is read, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sam.base import Base, staged
+from sam.errors import SamError
+from sam.experts import Card, Pool
+from sam.experts.modelcard import write_readme
+from sam.prompts import PROMPT_VERSION
+from tests.tiny import make_card, one_line
+
+MakePool = Callable[..., Pool]
+
+
+@pytest.fixture
+def pool(tiny_pool: MakePool, tmp_path: Path) -> Pool:
+    """news, social, biomedical and the unified model."""
+    return tiny_pool(tmp_path / "pool", n=3)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change keys of the card in ``folder``; None takes a key out."""
+    card = json.loads((folder / "expert.json").read_text())
+    card = {k: v for k, v in {**card, **changes}.items() if v is not None}
+    (folder / "expert.json").write_text(json.dumps(card))
+
+
+def test_card_survives_writing_and_reading(tmp_path: Path) -> None:
+    card = make_card("stem", "abc", types=("célula", "line\nbreak"), scores={"datasets": {"x": {"f1": 0.5, "n": 3}}})
+    card.write(tmp_path)
+    assert Card.read(tmp_path) == card
+    assert "célula" in (tmp_path / "expert.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"types": None}, "is not an expert card ('types'); train the expert again"),
+        ({"base": None}, "missing 1 required positional argument: 'base'"),
+        ({"colour": "red"}, "unexpected keyword argument 'colour'"),
+        ({"centroid": 3}, "is not an expert card"),
+        ({"role": "boss"}, "role 'boss' is unknown; allowed: expert, unified"),
+    ],
+)
+def test_broken_card_is_one_line(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    make_card("stem", "abc").write(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(SamError) as error:
+        Card.read(tmp_path)
+    assert str(tmp_path / "expert.json") in one_line(error) and said in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"card"'])
+def test_card_that_is_no_object_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "expert.json").write_text(text)
+    with pytest.raises(SamError, match="is not an expert card") as error:
+        Card.read(tmp_path)
+    one_line(error)
+
+
+def test_pool_reads_cards_in_order_and_ranks_no_unified_model(pool: Pool) -> None:
+    assert list(pool.cards) == ["biomedical", "news", "social", "unified"]
+    assert pool.names == ["biomedical", "news", "social"]
+    assert pool.folder("unified") == pool.path / "unified"
+    assert pool.cards["news"] == Card.read(pool.path / "news")
+
+
+def test_good_pool_passes(pool: Pool, tiny: Base) -> None:
+    pool.check(tiny.fingerprint, PROMPT_VERSION)
+    pool.check(tiny.fingerprint, PROMPT_VERSION, ["unified"])
+
+
+def test_adding_a_folder_adds_an_expert_and_other_files_are_passed_over(pool: Pool) -> None:
+    (pool.path / "notes").mkdir()
+    (pool.path / "README.md").touch()
+    (pool.path / "geology").mkdir()
+    make_card("geology", "abc").write(pool.path / "geology")
+    assert Pool(pool.path).names == ["biomedical", "geology", "news", "social"]
+
+
+def test_expert_in_the_making_is_not_in_the_pool(pool: Pool) -> None:
+    with staged(pool.path / "geology") as stage:
+        (stage / "adapter_config.json").touch()
+        assert Pool(pool.path).names == ["biomedical", "news", "social"]
+        make_card("geology", "abc").write(stage)
+        assert Pool(pool.path).names == ["biomedical", "news", "social"]
+    assert Pool(pool.path).names == ["biomedical", "geology", "news", "social"]
+
+
+def test_missing_and_empty_pools_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SamError) as error:
+        Pool(tmp_path / "absent")
+    assert one_line(error).startswith(f"experts.path={tmp_path / 'absent'} is not a folder")
+    with pytest.raises(SamError) as error:
+        _ = Pool(tmp_path).names
+    assert one_line(error).startswith(f"experts.path={tmp_path} holds no expert")
+
+
+def test_unknown_name_lists_those_there_are(pool: Pool) -> None:
+    with pytest.raises(SamError) as error:
+        pool.check("f", PROMPT_VERSION, ["nwes"])
+    assert one_line(error) == f"expert 'nwes' is not in {pool.path}; it holds: biomedical, news, social, unified"
+
+
+def test_folder_without_its_card_and_renamed_folder_are_refused(pool: Pool) -> None:
+    (pool.path / "news").rename(pool.path / "press")
+    with pytest.raises(SamError, match="the card says 'news'; an expert's folder bears its name") as error:
+        _ = pool.cards
+    one_line(error)
+    (pool.path / "press" / "expert.json").unlink()
+    with pytest.raises(SamError, match="press has no expert.json") as error:
+        _ = pool.cards
+    one_line(error)
+
+
+def test_other_base_and_other_prompt_are_refused(pool: Pool, tiny: Base) -> None:
+    with pytest.raises(SamError) as error:
+        pool.check("0123456789abcdef", PROMPT_VERSION)
+    assert one_line(error) == (
+        f"expert 'biomedical' was trained on base tiny ({tiny.fingerprint[:12]}), not on this one (0123456789ab); "
+        "choose base=tiny or a pool trained on this base"
+    )
+    with pytest.raises(SamError, match=f"trained with prompt version {PROMPT_VERSION}, this is 99") as error:
+        pool.check(tiny.fingerprint, "99")
+    one_line(error)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_weights_are_refused(pool: Pool, tiny: Base, keep: int) -> None:
+    path = pool.path / "news" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(SamError) as error:
+        pool.check(tiny.fingerprint, PROMPT_VERSION)
+    assert one_line(error).startswith(f"{path} is missing or corrupt")
+    pool.check(tiny.fingerprint, PROMPT_VERSION, ["biomedical", "social"])
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("adapter_model.safetensors", "is missing or corrupt"), ("adapter_config.json", "has no")]
+)
+def test_missing_file_is_refused(pool: Pool, tiny: Base, file: str, said: str) -> None:
+    (pool.path / "news" / file).unlink()
+    with pytest.raises(SamError, match=said) as error:
+        pool.check(tiny.fingerprint, PROMPT_VERSION)
+    assert str(pool.path / "news") in one_line(error) and file in str(error.value)
+
+
+def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
+    recipe = {"r": 8, "alpha": 16, "epochs": 2, "batch_size": 2, "lr": 0.001, "seed": 5, "label_drop": 0.15}
+    card = make_card("stem", "0123456789abcdef", scores={"datasets": {"stem_one": {"f1": 0.4321, "n": 30}}})
+    write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "bf16-mixed"}))
+    text = (tmp_path / "README.md").read_text()
+    assert "| stem_one | CC-BY-4.0 | 43.2 (30) |\n| stem_two | not stated | not measured |" in text
+    for part in ("r=8, alpha=16", "2 epoch(s)", "seed 5", "bf16-mixed", "fingerprint 0123456789ab)", "location, person"):
+        assert part in text

@@ -1,0 +1,346 @@
+"""The engine: answers of merged models against merging by hand, what names a model, and what is kept and reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sam.engine
+from sam import prompts
+from sam.base import Base, BaseSpec
+from sam.decoding import AnswerStore, DecodeSpec
+from sam.decoding.greedy import decode, decode_prompts
+from sam.engine import SINGLE, Engine
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+
+TYPES = ("person", "place")
+TEXTS = ["Ada went to Bath.", "Alan Turing worked at Bletchley Park near London", "rain", "A court in Strasbourg."]
+SPEC = DecodeSpec(max_new_tokens=8, batch_size=2)
+TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
+DARE = MergeSpec("dare", density=0.5, seed=0)
+LINEAR = MergeSpec("linear")
+
+MakePool = Callable[..., Pool]
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def pool(tiny_pool: MakePool, tmp_path: Path) -> Pool:
+    return tiny_pool(tmp_path / "pool", n=4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AnswerStore]:
+    kept = AnswerStore(tmp_path / "answers.sqlite")
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def engine(tiny_spec: BaseSpec, pool: Pool) -> MakeEngine:
+    """An engine with a base model of its own, loaded when it is first needed."""
+
+    def make(store: AnswerStore | None = None, decoding: DecodeSpec = SPEC) -> Engine:
+        return Engine(tiny_spec, pool, decoding, store, "cpu")
+
+    return make
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The experts of each merge that is computed."""
+    calls: list[tuple[str, ...]] = []
+
+    def counted(adapters: Any, names: Any, spec: MergeSpec) -> Any:
+        calls.append(tuple(names))
+        return merge_modules(adapters, names, spec)
+
+    monkeypatch.setattr(sam.engine, "merge_modules", counted)
+    return calls
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.base.model.state_dict().items()}
+
+
+def counts(engine: Engine) -> dict[str, int]:
+    return {"decoded": engine.counts["decoded"], "reused": engine.counts["reused"]}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("merge", [TIES, DARE, LINEAR], ids=lambda m: m.name)
+def test_answers_are_those_of_the_merge_by_hand(tiny: Base, engine: MakeEngine, pool: Pool, merge: MergeSpec) -> None:
+    names = ["news", "stem", "social"]
+    adapters = [AdapterDeltas.open(pool.folder(name)) for name in names]
+    with merged(tiny.model, merge_modules(adapters, names, merge)):
+        by_hand = [decode(tiny, TYPES, [text], SPEC)[0] for text in TEXTS]
+    found = engine().predict(names, merge, TYPES, TEXTS)
+    assert [p.answer for p in found] == [a.text for a in by_hand]
+    assert [p.truncated for p in found] == [a.truncated for a in by_hand]
+    assert found == [prompts.predict(t, a.text, TYPES, a.truncated) for t, a in zip(TEXTS, by_hand, strict=True)]
+
+
+def test_answers_differ_from_model_to_model(engine: MakeEngine) -> None:
+    one = engine()
+    found = {
+        tuple(p.answer for p in one.predict(experts, merge, TYPES, TEXTS))
+        for experts, merge in [
+            (["news"], SINGLE),
+            (["stem"], SINGLE),
+            (["news", "stem"], LINEAR),
+            (["news", "stem"], TIES),
+        ]
+    }
+    assert len(found) == 4
+
+
+def test_the_base_is_given_back_bit_for_bit(engine: MakeEngine) -> None:
+    one = engine()
+    before = weights(one)
+    one.predict(["news", "stem"], TIES, TYPES, TEXTS)
+    assert not same_bits(before, weights(one))
+    one.predict(["news"], SINGLE, TYPES, TEXTS)
+    one.reset()
+    assert same_bits(before, weights(one))
+    one.reset()
+    assert same_bits(before, weights(one))
+
+
+def test_the_base_is_given_back_after_an_error(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine()
+    before = weights(one)
+    expected = one.predict(["news", "stem"], TIES, TYPES, TEXTS)
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sam.engine, "decode_prompts", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            one.predict(["news", "stem"], TIES, TYPES, TEXTS)
+    assert same_bits(before, weights(one))
+    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == expected
+
+
+def test_an_error_within_a_merge_leaves_nothing_behind(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine()
+    before = weights(one)
+
+    def breaks(*args: Any) -> Iterator[Any]:
+        yield next(iter(merge_modules(*args)))
+        raise RuntimeError("half way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sam.engine, "merge_modules", breaks)
+        with pytest.raises(RuntimeError, match="half way"):
+            one.predict(["news", "stem"], TIES, TYPES, TEXTS)
+    assert same_bits(before, weights(one))
+    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == engine().predict(["news", "stem"], TIES, TYPES, TEXTS)
+
+
+def test_experts_in_another_order_are_the_same_model(engine: MakeEngine, merges: list[tuple[str, ...]]) -> None:
+    one = engine()
+    for merge in (TIES, DARE, LINEAR):
+        merges.clear()
+        assert one.key(["news", "stem"], merge) == one.key(["stem", "news"], merge)
+        first = one.predict(["news", "stem"], merge, TYPES, TEXTS)
+        one.predict(["social"], SINGLE, TYPES, TEXTS)
+        assert one.predict(["stem", "news"], merge, TYPES, TEXTS) == first
+        assert merges.count(("news", "stem")) == 1
+        assert ("stem", "news") not in merges
+
+
+def test_one_expert_is_one_model_under_every_merge(engine: MakeEngine, store: AnswerStore) -> None:
+    one = engine(store)
+    assert len({one.key(["news"], merge) for merge in (TIES, DARE, LINEAR, SINGLE)}) == 1
+    found = [one.predict(["news"], merge, TYPES, TEXTS) for merge in (TIES, DARE, LINEAR)]
+    assert found[0] == found[1] == found[2]
+    assert counts(one) == {"decoded": 4, "reused": 8}
+
+
+def test_kept_answers_need_no_model(
+    engine: MakeEngine, store: AnswerStore, merges: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine(store).predict(["news", "stem"], TIES, TYPES, TEXTS)
+
+    def refuses(*args: Any) -> None:
+        raise AssertionError("all answers are kept: the model is not to be loaded")
+
+    monkeypatch.setattr(sam.engine, "load", refuses)
+    merges.clear()
+    again = engine(store)
+    assert again.predict(["stem", "news"], TIES, TYPES, TEXTS[::-1]) == expected[::-1]
+    assert counts(again) == {"decoded": 0, "reused": 4}
+    assert "base" not in vars(again)
+    assert merges == []
+    assert "decode" not in again.seconds
+
+
+def test_only_missing_answers_are_decoded(engine: MakeEngine, store: AnswerStore) -> None:
+    engine(store).predict(["news"], SINGLE, TYPES, TEXTS[:2])
+    again = engine(store)
+    found = again.predict(["news"], SINGLE, TYPES, TEXTS)
+    assert counts(again) == {"decoded": 2, "reused": 2}
+    assert found == engine().predict(["news"], SINGLE, TYPES, TEXTS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"experts": ["news", "social"]},
+        {"experts": ["news", "stem", "social"]},
+        {"merge": LINEAR},
+        {"merge": MergeSpec("dare", density=0.5, seed=1)},
+        {"merge": MergeSpec("dare", density=0.6, seed=0)},
+        {"merge": MergeSpec("dare", density=0.5, seed=0, lam=0.5)},
+        {"types": ("place", "person")},
+        {"types": ("person",)},
+        {"decoding": DecodeSpec(max_new_tokens=9, batch_size=2)},
+    ],
+    ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length"],
+)
+def test_an_answer_is_not_reused_where_something_can_change_it(
+    engine: MakeEngine, store: AnswerStore, changed: dict[str, Any]
+) -> None:
+    asked: dict[str, Any] = {"experts": ["news", "stem"], "merge": DARE, "types": TYPES, "decoding": SPEC}
+
+    def ask(experts: list[str], merge: MergeSpec, types: tuple[str, ...], decoding: DecodeSpec) -> dict[str, int]:
+        one = engine(store, decoding)
+        one.predict(experts, merge, types, TEXTS)
+        return counts(one)
+
+    assert ask(**asked) == {"decoded": 4, "reused": 0}
+    assert ask(**asked) == {"decoded": 0, "reused": 4}
+    assert ask(**{**asked, **changed}) == {"decoded": 4, "reused": 0}
+
+
+def test_an_answer_is_not_reused_for_another_prompt(
+    engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(store).predict(["news"], SINGLE, TYPES, TEXTS)
+    monkeypatch.setattr(prompts, "PROMPT_VERSION", "another")
+    again = engine(store)
+    again.predict(["news"], SINGLE, TYPES, TEXTS)
+    assert counts(again) == {"decoded": 4, "reused": 0}
+
+
+def test_what_cannot_change_an_answer_does_not_hinder_reuse(engine: MakeEngine, store: AnswerStore) -> None:
+    engine(store).predict(["news"], SINGLE, TYPES, TEXTS)
+    again = engine(store, DecodeSpec(max_new_tokens=8, batch_size=3))
+    again.predict(
+        ["news"], MergeSpec("ties", density=0.9, trim_scope="tensor", sign="count", aggregate="sum"), TYPES, TEXTS
+    )
+    assert counts(again) == {"decoded": 0, "reused": 4}
+
+
+def test_a_text_that_comes_twice_is_decoded_once(engine: MakeEngine) -> None:
+    one = engine()
+    done: list[int] = []
+    found = one.predict(["news"], SINGLE, TYPES, [TEXTS[0], TEXTS[1], TEXTS[0]], done.append)
+    assert found[0] == found[2] == engine().predict(["news"], SINGLE, TYPES, TEXTS[:1])[0]
+    assert counts(one) == {"decoded": 2, "reused": 1}
+    assert sum(done) == 3
+
+
+def test_progress_counts_every_text_once(engine: MakeEngine, store: AnswerStore) -> None:
+    one = engine(store)
+    one.predict(["news"], SINGLE, TYPES, TEXTS[:1])
+    done: list[int] = []
+    one.predict(["news"], SINGLE, TYPES, TEXTS, done.append)
+    assert sum(done) == len(TEXTS)
+    assert one.predict(["news"], SINGLE, TYPES, []) == []
+
+
+def test_answers_are_kept_as_they_come(engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies in a later batch has kept those before it."""
+    texts = [f"text number {i}" for i in range(4)]
+    calls: list[int] = []
+
+    def dies_later(base: Base, parts: Any, spec: DecodeSpec, progress: Any) -> Any:
+        calls.append(len(parts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode_prompts(base, parts, spec, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sam.engine, "decode_prompts", dies_later)
+        with pytest.raises(KeyboardInterrupt):
+            engine(store).predict(["news"], SINGLE, TYPES, texts)
+    assert calls == [2, 2]
+    again = engine(store)
+    again.predict(["news"], SINGLE, TYPES, texts)
+    assert counts(again) == {"decoded": 2, "reused": 2}
+
+
+def test_merges_used_longest_ago_are_forgotten(
+    engine: MakeEngine, merges: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = engine()
+    pairs = [["news", "stem"], ["news", "social"], ["news", "biomedical"]]
+    size = sum(d.nbytes for _, d in merge_modules([one.adapter(e) for e in pairs[0]], pairs[0], LINEAR))
+    monkeypatch.setattr(sam.engine, "KEEP_BYTES", 2 * size)
+    merges.clear()
+    for experts in (pairs[0], pairs[1], pairs[0], pairs[2]):
+        one.predict(experts, LINEAR, TYPES, TEXTS[:1])
+    assert merges == [tuple(p) for p in pairs]
+    assert set(one._merges) == {one.key(pairs[0], LINEAR), one.key(pairs[2], LINEAR)}
+    one.predict(pairs[1], LINEAR, TYPES, TEXTS[:1])
+    assert merges[3:] == [tuple(pairs[1])]
+
+
+def test_a_merge_beyond_the_bound_is_not_held(
+    engine: MakeEngine, merges: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine().predict(["news", "stem"], TIES, TYPES, TEXTS)
+    monkeypatch.setattr(sam.engine, "KEEP_BYTES", 1)
+    merges.clear()
+    one = engine()
+    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == expected
+    assert one._merges == {}
+    one.predict(["news"], SINGLE, TYPES, TEXTS)
+    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == expected
+    assert merges == [("news", "stem"), ("news",), ("news", "stem")]
+
+
+def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine()
+    one.predict(["news", "stem"], TIES, TYPES, TEXTS[:1])
+    applied: list[Any] = []
+    monkeypatch.setattr(sam.engine.MergedWeights, "apply", lambda self, modules: applied.append(modules))
+    one.predict(["stem", "news"], TIES, TYPES, TEXTS[1:])
+    assert applied == []
+
+
+def test_a_base_loaded_in_inference_mode_serves_outside_of_it(engine: MakeEngine) -> None:
+    """Trainer.predict loads and merges in inference mode; whoever uses the engine afterwards may not be in it."""
+    one = engine()
+    with torch.inference_mode():
+        inside = one.predict(["news", "stem"], TIES, TYPES, TEXTS)
+    one.predict(["news"], SINGLE, TYPES, TEXTS)
+    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == inside
+    one.reset()
+    assert same_bits(weights(one), weights(engine()))
+
+
+def test_questions_of_several_targets_at_once_are_answered_as_one_by_one(engine: MakeEngine) -> None:
+    asked = [(("person",), TEXTS[0]), (("place", "person"), TEXTS[0]), (("person",), TEXTS[1])]
+    one = engine()
+    found = one.predict_all(["news", "stem"], TIES, asked)
+    assert counts(one) == {"decoded": 3, "reused": 0}
+    assert found == [engine().predict(["news", "stem"], TIES, types, [text])[0] for types, text in asked]
+
+
+def test_unknown_and_repeated_experts_are_refused(engine: MakeEngine) -> None:
+    with pytest.raises(SamError, match="'sports' is not in"):
+        engine().predict(["sports"], SINGLE, TYPES, TEXTS)
+    with pytest.raises(SamError, match="selected twice"):
+        engine().predict(["news", "news"], LINEAR, TYPES, TEXTS)

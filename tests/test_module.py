@@ -1,0 +1,251 @@
+"""SamModule under Lightning's Trainer: selection, task models, union and scores against the same by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+import sam.engine
+from sam import prompts
+from sam.combine import combine
+from sam.engine import SINGLE, Engine
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.merging import MergeSpec
+from sam.module import SamModule
+from sam.ner import Mention, Prediction, Sentence
+from sam.scoring import score
+from sam.selection import Query, domain, sampling, select
+from sam.targets import Target
+from tests.tiny import HashEncoder, one_line
+
+TYPES = ("person", "place")
+TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
+SENTENCES = (
+    Sentence("s0", "Ada went to Bath", (Mention(0, 3, "person"), Mention(12, 16, "place"))),
+    Sentence("s1", "Alan Turing worked at Bletchley Park", (Mention(0, 11, "person"), Mention(22, 36, "place"))),
+    Sentence("s2", "Rain again", ()),
+    Sentence("s3", "Unknown Cork", None),
+    Sentence("s4", "Dee saw Ely and Bath", (Mention(0, 3, "person"), Mention(8, 11, "place"))),
+)
+TARGET = Target("t", TYPES, SENTENCES, ("Eve left Rome", "Bob", "the rain in Spain", "Ely"))
+
+MakeModule = Callable[..., SamModule]
+
+
+@pytest.fixture
+def pool(tiny_pool: Callable[..., Pool], tmp_path: Path) -> Pool:
+    return tiny_pool(tmp_path / "pool", n=4)
+
+
+@pytest.fixture
+def make(tiny_spec: Any, pool: Pool) -> MakeModule:
+    from sam.decoding import DecodeSpec
+
+    def module(target: Target = TARGET, **options: Any) -> SamModule:
+        engine = options.pop("engine", None) or Engine(tiny_spec, pool, DecodeSpec(8, 2), None, "cpu")
+        settings: dict[str, Any] = {"k": 2, "sample_size": 3, "merge": TIES, **options}
+        return SamModule(engine, HashEncoder(), target, **settings)
+
+    return module
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readable answers in place of a random model's: a merge names every capitalised word, its type drawn by expert."""
+
+    def predict(self: Engine, experts: Sequence[str], merge: Any, types: Any, texts: Any, progress: Any = None) -> Any:
+        found = []
+        for text in texts:
+            words = re.findall(r"\b[A-Z][a-z]+\b", text)
+            kind = types[len(experts[0]) % len(types)]
+            kept = [w for w in words if len(w) != len(experts[-1])]
+            found.append(prompts.predict(text, prompts.answer(_gold(text, kept, kind), types), types))
+        if progress:
+            progress(len(texts))
+        return found
+
+    monkeypatch.setattr(Engine, "predict", predict)
+
+
+def _gold(text: str, words: Sequence[str], kind: str) -> Sentence:
+    return Sentence("", text, tuple(Mention(text.index(w), text.index(w) + len(w), kind) for w in words))
+
+
+def trainer(**options: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return L.Trainer(accelerator="cpu", devices=1, logger=False, **quiet, **options)
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.base.model.state_dict().items()}
+
+
+def unchanged(engine: Engine, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in engine.base.model.state_dict().items())
+
+
+def test_predictions_are_those_of_each_step_by_hand(make: MakeModule, pool: Pool) -> None:
+    module = make()
+    trainer().predict(module, return_predictions=False)
+
+    engine = make().engine
+    ids = sampling.draw(TARGET.unlabelled, 3, 0, "t")
+
+    def ask(expert: str, texts: Sequence[str]) -> list[Prediction]:
+        return engine.predict([expert], SINGLE, TYPES, texts)
+
+    by_domain = domain.rank(TARGET.unlabelled, pool.names, pool, HashEncoder()).experts[:2]
+    by_sampling = sampling.rank(TARGET.unlabelled, ids, pool.names, ask).experts[:2]
+    assert {name: s.experts for name, s in module.selections.items()} == {"domain": by_domain, "sampling": by_sampling}
+    for name, experts in (("domain", by_domain), ("sampling", by_sampling)):
+        by_hand = engine.predict(experts, TIES, TYPES, [s.text for s in SENTENCES])
+        assert module.predictions[name] == {s.id: p for s, p in zip(SENTENCES, by_hand, strict=True)}
+    for s in SENTENCES:
+        both = [module.predictions["domain"][s.id], module.predictions["sampling"][s.id]]
+        assert module.combined()[s.id] == combine(both, s.text, "union", TYPES)
+
+
+def test_the_default_selector_is_that_of_the_paper(make: MakeModule) -> None:
+    module = make(merge=TIES)
+    assert (module.selector, module.rule) == ("sam", "union")
+    assert sam.SamModule is SamModule
+
+
+@pytest.mark.usefixtures("answers")
+def test_union_scores_and_logged_metrics(make: MakeModule) -> None:
+    module = make()
+    logged = trainer().test(module, verbose=False)
+    labelled = [s for s in SENTENCES if s.mentions is not None]
+    scores = module.scores()
+    assert list(scores) == ["domain", "sampling", "combined"]
+    for name in ("domain", "sampling"):
+        assert scores[name] == score(labelled, [module.predictions[name][s.id] for s in labelled])
+    union = module.combined()
+    assert set(union) == {s.id for s in labelled}
+    for s in labelled:
+        pairs = [set(module.predictions[name][s.id].pairs) for name in ("domain", "sampling")]
+        assert set(union[s.id].pairs) == pairs[0] | pairs[1]
+    assert scores["combined"] == score(labelled, [union[s.id] for s in labelled])
+    # The answers are right now and then: zeros everywhere would prove nothing.
+    assert 0 < scores["combined"].f1 < 1
+    assert scores["combined"].n == 4
+    expected = {
+        f"t/{name}/{metric}": getattr(s, metric)
+        for name, s in scores.items()
+        for metric in ("precision", "recall", "f1", "span_f1")
+    }
+    # Lightning gives them once a dataloader, and holds them in single precision.
+    assert len(logged) == 2
+    assert all(found == pytest.approx(expected, abs=1e-6) for found in logged)
+
+
+@pytest.mark.usefixtures("answers")
+def test_predict_returns_what_it_keeps(make: MakeModule) -> None:
+    module = make(selector="named", experts=["news", "stem"])
+    returned = {row["id"]: row for batch in trainer().predict(module) for row in batch}
+    assert set(returned) == set(module.predictions["named"]) == {s.id for s in SENTENCES}
+    for key, prediction in module.predictions["named"].items():
+        assert returned[key] == {"id": key, "model": "named", **asdict(prediction)}
+
+
+def test_predictions_do_not_depend_on_the_order_of_sentences(make: MakeModule) -> None:
+    forward, backward = make(), make(Target("t", TYPES, SENTENCES[::-1], TARGET.unlabelled))
+    for module in (forward, backward):
+        trainer().predict(module, return_predictions=False)
+    assert forward.predictions == backward.predictions
+    assert forward.combined() == backward.combined()
+
+
+def test_the_base_is_given_back(make: MakeModule) -> None:
+    module = make()
+    before = weights(module.engine)
+    trainer().test(module, verbose=False)
+    assert unchanged(module.engine, before)
+    trainer().predict(module)
+    assert unchanged(module.engine, before)
+
+
+def fails(*args: Any) -> None:
+    raise RuntimeError("out of memory")
+
+
+def decodes_then_fails(engine: Engine) -> Callable[..., None]:
+    real = engine.predict
+
+    def predict(*args: Any) -> None:
+        real(*args)
+        fails()
+
+    return predict
+
+
+@pytest.mark.parametrize("where", ["selection", "decoding", "test_step", "on_test_epoch_end"])
+def test_the_base_is_given_back_after_an_error(make: MakeModule, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Lightning does not call ``teardown`` of a module after an error."""
+    module = make(selector="sampling") if where == "selection" else make(selector="named", experts=["news", "stem"])
+    before = weights(module.engine)
+    if where in ("selection", "test_step"):
+        monkeypatch.setattr(module.engine, "predict", decodes_then_fails(module.engine))
+    elif where == "decoding":
+        monkeypatch.setattr(sam.engine, "decode_prompts", fails)
+    else:
+        monkeypatch.setattr(module, "combined", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer().test(module, verbose=False)
+    assert unchanged(module.engine, before)
+
+
+def test_a_target_without_gold_can_be_predicted_but_not_tested(make: MakeModule) -> None:
+    blind = Target("t", TYPES, tuple(Sentence(s.id, s.text) for s in SENTENCES), TARGET.unlabelled)
+    with pytest.raises(SamError) as error:
+        trainer().test(make(blind), verbose=False)
+    assert "Trainer.predict" in one_line(error)
+    module = make(blind)
+    trainer().predict(module)
+    assert set(module.combined()) == {s.id for s in SENTENCES}
+    assert module.selections == select("sam", module.query)
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_part_of_the_batches_is_scored_as_that_part(make: MakeModule) -> None:
+    many = tuple(Sentence(f"s{i}", f"Ada met Bob {i}", (Mention(0, 3, "person"),)) for i in range(20))
+    module = make(Target("t", TYPES, many, TARGET.unlabelled))
+    trainer(limit_test_batches=1).test(module, verbose=False)
+    assert 0 < module.scores()["combined"].n < 20
+
+
+def test_a_second_run_selects_no_more(make: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make()
+    trainer().predict(module)
+    monkeypatch.setattr(Query, "domain", property(fails))
+    monkeypatch.setattr(Query, "sampling", property(fails))
+    trainer().test(module, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"selector": "best"}, ("selector=best", "sameco")),
+        ({"k": 9}, ("k=9", "1..4")),
+        ({"selector": "random", "k": 5}, ("k=5",)),
+        ({"sample_size": 0}, ("sample_size=0",)),
+        ({"rule": "vote"}, ("vote", "union")),
+        ({"merge": MergeSpec("ties")}, ("merge=ties", "density")),
+        ({"selector": "named", "experts": ["sports"]}, ("'sports'",)),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_loaded(
+    make: MakeModule, options: dict[str, Any], named: tuple[str, ...]
+) -> None:
+    with pytest.raises(SamError) as error:
+        make(**options)
+    message = one_line(error)
+    assert all(part in message for part in named)

@@ -1,0 +1,106 @@
+"""The store of answers: what its keys tell apart, and what several processes find in it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.synchronize
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from sam.decoding import AnswerStore, DecodeSpec
+from sam.errors import SamError
+from sam.prompts import render
+from tests.tiny import one_line
+
+CANONICAL = DecodeSpec(20, 4).canonical("float32", "cpu")
+
+
+def test_keys_differ_by_everything_that_can_change_an_answer() -> None:
+    prompt = render(["person"], "Ada")
+    keys = [
+        AnswerStore.key("model", prompt, CANONICAL),
+        AnswerStore.key("other", prompt, CANONICAL),
+        AnswerStore.key("model", render(["person"], "Alan"), CANONICAL),
+        AnswerStore.key("model", render(["person", "place"], "Ada"), CANONICAL),
+        AnswerStore.key("model", render(["place", "person"], "Ada"), CANONICAL),
+        AnswerStore.key("model", prompt, DecodeSpec(21, 4).canonical("float32", "cpu")),
+        AnswerStore.key("model", prompt, DecodeSpec(20, 4).canonical("bfloat16", "cpu")),
+        AnswerStore.key("model", prompt, DecodeSpec(20, 4).canonical("float32", "cuda")),
+        AnswerStore.key("model", prompt, {**CANONICAL, "versions": ["0", "0"]}),
+        AnswerStore.key("model", prompt, {**CANONICAL, "prompt": "2"}),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_keys_are_the_same_for_the_rest() -> None:
+    key = AnswerStore.key("model", render(["person"], "Ada  Lovelace"), CANONICAL)
+    assert key == AnswerStore.key("model", render(["person"], "Ada\nLovelace"), dict(reversed(CANONICAL.items())))
+    assert key == AnswerStore.key(
+        "model", render(["person"], "Ada Lovelace"), DecodeSpec(20, 32).canonical("float32", "cpu")
+    )
+
+
+def test_answers_are_kept_and_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "answers.sqlite"
+    store = AnswerStore(path)
+    assert store.get(["a"]) == {} and store.get([]) == {}
+    store.put({"a": (' {"person": ["Zoë"]}\n', True), "b": ("", False)})
+    store.put({"b": ("new", False)})
+    store.put({})
+    store.close()
+    again = AnswerStore(path)
+    assert again.get(["b", "a", "absent", "a"]) == {"a": (' {"person": ["Zoë"]}\n', True), "b": ("new", False)}
+    again.close()
+
+
+def test_more_keys_than_one_query_takes(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    answers = {f"key {i}": (f"answer {i}", i % 7 == 0) for i in range(1203)}
+    store.put(answers)
+    assert store.get([*answers, "absent"]) == answers
+    store.close()
+
+
+def test_a_failed_put_keeps_nothing_and_blocks_nobody(tmp_path: Path) -> None:
+    store, other = AnswerStore(tmp_path / "answers.sqlite"), AnswerStore(tmp_path / "answers.sqlite")
+    with pytest.raises(sqlite3.Error):
+        store.put({"a": ("kept?", False), "b": (object(), False)})  # type: ignore[dict-item]
+    other.put({"c": ("yes", False)})
+    store.put({"d": ("yes", False)})
+    assert set(other.get(["a", "b", "c", "d"])) == {"c", "d"}
+    store.close()
+    other.close()
+
+
+def _write(path: Path, worker: int, barrier: multiprocessing.synchronize.Barrier) -> None:
+    barrier.wait(30)
+    store = AnswerStore(path)
+    for i in range(40):
+        store.put({f"{worker} {i} {j}": (f"answer {j}", False) for j in range(5)} | {"shared": ("same", False)})
+        assert store.get([f"{worker} {i} 4", "shared"]).keys() == {f"{worker} {i} 4", "shared"}
+    store.close()
+
+
+def test_processes_write_at_once_from_the_first_opening_on(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    path = tmp_path / "answers.sqlite"
+    workers = [context.Process(target=_write, args=(path, n, barrier)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [w.exitcode for w in workers] == [0] * 4
+    store = AnswerStore(path)
+    assert len(store.get([f"{w} {i} {j}" for w in range(4) for i in range(40) for j in range(5)])) == 800
+    store.close()
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    path.write_text("junk " * 500)
+    with pytest.raises(SamError) as error:
+        AnswerStore(path)
+    assert one_line(error) == f"{path} cannot be opened (file is not a database); delete it, or set answers=fresh"
