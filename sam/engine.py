@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sam import prompts
 from sam.base import Base, BaseSpec, fingerprint, folder, load
@@ -17,14 +17,8 @@ from sam.experts.card import Pool
 from sam.merging import AdapterDeltas, MergedWeights, MergeSpec, merge_modules, model_key
 from sam.ner import Prediction
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 SINGLE = MergeSpec("linear")
 """The merge of a single expert: it gives that expert untouched, as every merge of one does."""
-
-KEEP_BYTES = 2 << 30
-"""Merged deltas kept in memory, so that going back to a model is a copy and not a merge."""
 
 
 class Engine:
@@ -43,7 +37,6 @@ class Engine:
         self._adapters: dict[str, AdapterDeltas] = {}
         self._weights: MergedWeights | None = None
         self._applied: str | None = None
-        self._merges: OrderedDict[str, list[tuple[str, Tensor]]] = OrderedDict()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,26 +133,9 @@ class Engine:
         if self._weights is None:
             self._weights = MergedWeights(self.base.model)
         with self.timed("merge"):
-            self._weights.apply(self._merges[key] if key in self._merges else self._merge(key, experts, merge))
-        if key in self._merges:
-            self._merges.move_to_end(key)
+            adapters = [self.adapter(e) for e in experts]
+            self._weights.apply(merge_modules(adapters, list(experts), merge))
         self._applied = key
-
-    def _merge(self, key: str, experts: Sequence[str], merge: MergeSpec) -> Iterator[tuple[str, Tensor]]:
-        """Stream a merge, and keep it in place of those used longest ago, unless it alone passes ``KEEP_BYTES``."""
-        merged: list[tuple[str, Tensor]] = []
-        size = 0
-        for module, delta in merge_modules([self.adapter(e) for e in experts], list(experts), merge):
-            size += delta.nbytes
-            if size <= KEEP_BYTES:
-                merged.append((module, delta))
-            else:
-                merged.clear()  # a large model's merge does not fit: it is made anew each time
-            yield module, delta
-        if size <= KEEP_BYTES:
-            self._merges[key] = merged
-            while sum(d.nbytes for m in self._merges.values() for _, d in m) > KEEP_BYTES:
-                self._merges.popitem(last=False)
 
     def reset(self) -> None:
         """Give the base its own weights back, bit for bit."""

@@ -39,6 +39,16 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
+def compose(*overrides: str) -> dict[str, Any]:
+    """The plain config that ``python run.py *overrides`` would run, for notebooks and tests."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_resolvers()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().absolute())):
+        return plain(hydra_compose("config", overrides=list(overrides)))
+
+
 def sweep_name(argv: Sequence[str]) -> str:
     """A name that the same sweep command always gives, so that running it again goes on: ``k-merge-1a2b3c4d``."""
     overrides = sorted(a for a in argv if not a.startswith("-") and not a.startswith("hydra."))

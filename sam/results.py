@@ -18,8 +18,8 @@ SCHEMA = 1
 RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")
 
-RIM = ("logger", "trainer", "answers", "cache", "sweep")
-"""Config sections that cannot change a result; they stay out of the config hash."""
+RIM = ("logger", "trainer", "answers", "cache", "sweep", "task", "train", "domain")
+"""Config sections that cannot change what is extracted; they stay out of the config hash."""
 
 
 def versions() -> dict[str, str]:

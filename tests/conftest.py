@@ -1,4 +1,4 @@
-"""What most tests stand on: a tiny random Llama with its tokenizer, pools of random experts, and a cache of their own."""
+"""What most tests stand on: a tiny random Llama, pools of random experts, real small models, a cache of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.paths import cache_dir
-from tests.tiny import DOMAINS, HashEncoder, config, make_card, write_adapter, write_base
+from tests.tiny import DOMAINS, HashEncoder, config, write_base, write_pool
 
 USER_CACHE = cache_dir()  # before the tests' own takes its place
 
@@ -118,11 +118,12 @@ def tiny_pool(tiny: Base) -> MakePool:
     """``tiny_pool(folder, n=6, unified=True)``: random experts of the tiny base model, ranks 4 and 8 in turn."""
 
     def make(folder: Path, n: int = len(DOMAINS), unified: bool = True) -> Pool:
-        names = [*DOMAINS[:n], *(["unified"] if unified else [])]
-        for i, name in enumerate(names):
-            write_adapter(folder / name, tiny.model, seed=i, r=(4, 8)[i % 2])
-            role = "unified" if name == "unified" else "expert"
-            make_card(name, tiny.fingerprint, role=role).write(folder / name)
-        return Pool(folder)
+        return write_pool(folder, tiny, n, unified)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared_pool(tiny_loaded: Base, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """Four experts of the tiny base model and a unified one. Not to be changed: copy the folder."""
+    return write_pool(tmp_path_factory.mktemp("pool"), tiny_loaded, 4, unified=True)

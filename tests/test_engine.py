@@ -26,13 +26,12 @@ TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate
 DARE = MergeSpec("dare", density=0.5, seed=0)
 LINEAR = MergeSpec("linear")
 
-MakePool = Callable[..., Pool]
 MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture
-def pool(tiny_pool: MakePool, tmp_path: Path) -> Pool:
-    return tiny_pool(tmp_path / "pool", n=4)
+def pool(shared_pool: Pool) -> Pool:
+    return shared_pool
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -41,8 +40,8 @@ MakeModule = Callable[..., SamModule]
 
 
 @pytest.fixture
-def pool(tiny_pool: Callable[..., Pool], tmp_path: Path) -> Pool:
-    return tiny_pool(tmp_path / "pool", n=4)
+def pool(shared_pool: Pool) -> Pool:
+    return shared_pool
 
 
 @pytest.fixture

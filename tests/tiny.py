@@ -18,9 +18,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sam.base import Base
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
-from sam.experts.card import Card
+from sam.experts.card import Card, Pool
 from sam.paths import conf_dir
 from sam.prompts import PROMPT_VERSION
 
@@ -128,6 +129,15 @@ def write_adapter(folder: Path, model: Any, seed: int, r: int = 4) -> None:
     lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", init_lora_weights=False)
     peft_model: Any = get_peft_model(copy.deepcopy(model), lora, autocast_adapter_dtype=False)
     peft_model.to(torch.bfloat16).save_pretrained(str(folder))
+
+
+def write_pool(folder: Path, base: Base, n: int, unified: bool) -> Pool:
+    """``n`` random experts of ``base``, ranks 4 and 8 in turn, with their cards, and a unified one if asked for."""
+    for i, name in enumerate([*DOMAINS[:n], *(["unified"] if unified else [])]):
+        write_adapter(folder / name, base.model, seed=i, r=(4, 8)[i % 2])
+        role = "unified" if name == "unified" else "expert"
+        make_card(name, base.fingerprint, role=role).write(folder / name)
+    return Pool(folder)
 
 
 def one_line(error: pytest.ExceptionInfo[SamError]) -> str:

@@ -15,9 +15,11 @@ from sam.errors import SamError
 class AnswerStore:
     """A SQLite file of raw answers; several processes may use it at once."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+    def __init__(self, path: Path | None) -> None:
+        """``path`` None: in memory, for as long as the store lives."""
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute(

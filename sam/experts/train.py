@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,7 +163,10 @@ def _fit(
     if last.is_file() and not zipfile.is_zipfile(last):
         log.warning("%s is cut short; training starts anew", last)
         last.unlink()
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    with warnings.catch_warnings():
+        # Lightning asks the loader for its state; ours is the data module's.
+        warnings.filterwarnings("ignore", message="(You're resuming from a checkpoint|Checkpoint directory .* exists)")
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
     return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(module.net).items()}

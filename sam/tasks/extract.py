@@ -8,8 +8,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from sam.decoding import AnswerStore, DecodeSpec
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.merging import MergeSpec
+from sam.merging import AdapterDeltas, MergeSpec
 from sam.merging.checks import check_seed
 from sam.ner import Mention, Prediction
 from sam.paths import cache_dir
@@ -59,6 +58,7 @@ class Plan:
     merge: MergeSpec
     decode: DecodeSpec
     targets: list[Target]
+    hashes: dict[str, str]
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
@@ -87,8 +87,10 @@ def plan(config: Mapping[str, Any]) -> Plan:
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
     from sam.base import fingerprint, folder
 
-    pool.check(fingerprint(folder(base)), prompts.PROMPT_VERSION, sorted({*names, *experts}))
-    return Plan(base, encoder, pool, names, experts, merge, decode, targets)
+    used = sorted({*names, *experts})
+    pool.check(fingerprint(folder(base)), prompts.PROMPT_VERSION, used)
+    hashes = {name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used}
+    return Plan(base, encoder, pool, names, experts, merge, decode, targets, hashes)
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
@@ -131,14 +133,10 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
 
 
 def facts(planned: Plan) -> dict[str, Any]:
-    """What a result stands on beside its config: the code's version, the experts' and the targets' content."""
-    from sam.base import fingerprint, folder, sha256_of
-    from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+    """What a result stands on beside its config: the experts' and the targets' content, and versions."""
+    from sam.base import fingerprint, folder
 
-    # The card too: its centroid decides who is selected.
-    files = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
-    chosen = sorted({*planned.names, *planned.experts})
-    experts = {n: sha256_of(*(planned.pool.folder(n) / file for file in files)) for n in chosen}
+    experts = {n: [h, planned.pool.cards[n].encoder, planned.pool.cards[n].centroid] for n, h in planned.hashes.items()}
     data = repr([(t.name, t.types, t.sentences, t.unlabelled) for t in planned.targets])
     return {
         "schema": SCHEMA,
@@ -159,8 +157,9 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         import lightning as L
 
         from sam.module import SamModule
+        from sam.tasks import ahead
 
-    store = AnswerStore(cache_dir() / "answers.sqlite") if config["answers"] == "reuse" else None
+    store = AnswerStore(cache_dir() / "answers.sqlite" if config["answers"] == "reuse" else None)
     engine = Engine(planned.base, planned.pool, planned.decode, store, device_of(config["trainer"]))
     encoder = Encoder(planned.encoder)
     trainer = L.Trainer(
@@ -171,71 +170,44 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    targets: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
+    chosen = SELECTORS[config["selector"]["name"]]
+    modules = {
+        target.name: SamModule(
+            engine,
+            encoder,
+            target,
+            selector=config["selector"]["name"],
+            k=config["k"],
+            sample_size=config["sample_size"],
+            merge=planned.merge,
+            rule=config["combine"]["rule"],
+            seed=config["seed"],
+            names=planned.names,
+            experts=planned.experts,
+        )
+        for target in planned.targets
+    }
     try:
-        with progress_of(planned.targets, len(SELECTORS[config["selector"]["name"]].models)) as progress:
-            warm(config, planned, engine, progress)
-            for target in planned.targets:
-                module = SamModule(
-                    engine,
-                    encoder,
-                    target,
-                    selector=config["selector"]["name"],
-                    k=config["k"],
-                    sample_size=config["sample_size"],
-                    merge=planned.merge,
-                    rule=config["combine"]["rule"],
-                    seed=config["seed"],
-                    names=planned.names,
-                    experts=planned.experts,
-                    progress=progress(target.name),
-                )
-                start = time.perf_counter()
-                trainer.predict(module, return_predictions=False)
-                targets[target.name] = report(module, config, time.perf_counter() - start)
-                rows += prediction_rows(module)
+        with ahead.bars() as progress:
+            if chosen.uses_sample:
+                with engine.timed("select"):
+                    ahead.sample(
+                        engine, planned.targets, planned.names, config["sample_size"], config["seed"], progress
+                    )
+            for module in modules.values():
+                module.setup("predict")
+            seconds = ahead.answer(engine, modules, progress)
+        for module in modules.values():
+            trainer.predict(module, return_predictions=False)
+        targets = {name: report(module, seconds[name]) for name, module in modules.items()}
+        rows = [row for module in modules.values() for row in prediction_rows(module)]
     finally:
         engine.reset()
-        if store:
-            store.close()
+        store.close()
     return sections(targets, engine), rows
 
 
-@contextmanager
-def progress_of(targets: Sequence[Target], models: int) -> Iterator[Any]:
-    """A progress bar on the terminal: ``progress(name)`` gives the callback that counts sentences of a target."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(), disable=not console().is_terminal) as bar:
-
-        def callback(name: str, total: int | None = None) -> Any:
-            size = total or models * sum(len(t.sentences) for t in targets if t.name == name)
-            task = bar.add_task(name, total=size)
-            return lambda n: bar.advance(task, n)
-
-        yield callback
-
-
-def warm(config: Mapping[str, Any], planned: Plan, engine: Any, progress: Any) -> None:
-    """Ask each expert about the samples of all targets at once, so that it is applied once and not once a target."""
-    from sam.engine import SINGLE
-    from sam.selection import sampling
-
-    if not SELECTORS[config["selector"]["name"]].uses_sample or engine.store is None:
-        return
-    samples = [
-        (target.types, target.unlabelled[i])
-        for target in planned.targets
-        for i in sampling.draw(target.unlabelled, config["sample_size"], config["seed"], target.name)
-    ]
-    step = progress("sampling evaluation", len(planned.names) * len(samples))
-    for name in planned.names:
-        engine.predict_all([name], SINGLE, samples, step)
-
-
-def report(module: Any, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def report(module: Any, seconds: float) -> dict[str, Any]:
     """One target's section of ``result.json``."""
     target, scored = module.target, bool(module.target.scored)
     scores = {name: s.to_dict() for name, s in module.scores().items()} if scored else {}

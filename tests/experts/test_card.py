@@ -158,5 +158,12 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "bf16-mixed"}))
     text = (tmp_path / "README.md").read_text()
     assert "| stem_one | CC-BY-4.0 | 43.2 (30) |\n| stem_two | not stated | not measured |" in text
-    for part in ("r=8, alpha=16", "2 epoch(s)", "seed 5", "bf16-mixed", "fingerprint 0123456789ab)", "location, person"):
+    for part in (
+        "r=8, alpha=16",
+        "2 epoch(s)",
+        "seed 5",
+        "bf16-mixed",
+        "fingerprint 0123456789ab)",
+        "location, person",
+    ):
         assert part in text

@@ -1,0 +1,74 @@
+"""Decoding ahead: the answers of all targets, model by model, so that each model is merged and applied once.
+
+A target's own module then finds its answers kept; the order of work changes, no answer does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sam.console import console
+from sam.engine import SINGLE, Engine
+from sam.selection import sampling
+from sam.targets import Target
+
+if TYPE_CHECKING:
+    from sam.module import SamModule
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""``progress(description, total)`` starts a bar and returns what advances it."""
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Progress bars on the terminal (none where stderr is not one)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(), disable=not console().is_terminal) as bar:
+
+        def start(description: str, total: int) -> Callable[[int], None]:
+            task = bar.add_task(description, total=total)
+            return lambda n: bar.advance(task, n)
+
+        yield start
+
+
+def sample(
+    engine: Engine, targets: Sequence[Target], names: Sequence[str], size: int, seed: int, progress: Progress
+) -> None:
+    """What each expert answers on the sampled sentences of all targets."""
+    asked = [
+        (target.types, target.unlabelled[i])
+        for target in targets
+        for i in sampling.draw(target.unlabelled, size, seed, target.name)
+    ]
+    step = progress("sampling evaluation", len(names) * len(asked))
+    for name in names:
+        engine.predict_all([name], SINGLE, asked, step)
+
+
+def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress) -> dict[str, float]:
+    """What each task model answers on all sentences of all targets that selected it.
+
+    ``modules``: target name -> its module, set up. Returns the seconds of each target: of every model's merging and
+    decoding, the share of its sentences.
+    """
+    groups: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+    for name, module in modules.items():
+        for selection in module.selections.values():
+            groups[engine.key(selection.experts, module.merge)].append((name, selection))
+    step = progress("extraction", sum(len(modules[name].target.sentences) for g in groups.values() for name, _ in g))
+    seconds = dict.fromkeys(modules, 0.0)
+    for group in groups.values():
+        asked = [(modules[n].target.types, s.text) for n, _ in group for s in modules[n].target.sentences]
+        start = time.perf_counter()
+        engine.predict_all(group[0][1].experts, modules[group[0][0]].merge, asked, step)
+        spent = time.perf_counter() - start
+        for name, _ in group:
+            seconds[name] += spent * len(modules[name].target.sentences) / len(asked)
+    return seconds

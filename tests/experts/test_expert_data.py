@@ -1,0 +1,236 @@
+"""Training data: which sentences are drawn, how they are rendered, and the batches that they end up in."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sam import prompts
+from sam.base import Base
+from sam.errors import SamError
+from sam.experts import ExpertDataModule, Recipe
+from sam.experts.data import Example, Renderer, ResumableSampler, batches, collate, draw_sentences, rng
+from sam.ner import Mention, Sentence
+from tests.tiny import config, one_line
+from tests.toy_training import toy, use_toys
+
+SIZES = {"small": 10, "middle": 50, "large": 200}
+
+
+@pytest.fixture
+def sized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toy datasets ``small``, ``middle`` and ``large``."""
+    use_toys(monkeypatch, lambda dataset, split: toy(dataset, split, SIZES[dataset]))
+
+
+def counts(drawn: dict[str, tuple[list[Sentence], list[str]]]) -> dict[str, int]:
+    return {name: len(sentences) for name, (sentences, _) in drawn.items()}
+
+
+@pytest.mark.usefixtures("sized")
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (30, {"large": 10, "small": 10, "middle": 10}),
+        (31, {"large": 11, "small": 10, "middle": 10}),
+        (90, {"large": 40, "small": 10, "middle": 40}),  # small lacks 20: the others share them
+        (150, {"large": 90, "small": 10, "middle": 50}),
+        (500, {"large": 200, "small": 10, "middle": 50}),
+    ],
+)
+def test_equal_shares_and_what_one_lacks_the_others_fill(budget: int, expected: dict[str, int]) -> None:
+    drawn = draw_sentences(["large", "small", "middle"], "train", Recipe(sentences=budget))
+    assert counts(drawn) == expected
+    assert list(drawn) == ["large", "small", "middle"]
+    assert all(types == ["location", "person"] for _, types in drawn.values())
+
+
+@pytest.mark.usefixtures("sized")
+def test_draw_is_by_the_seed_alone() -> None:
+    def ids(seed: int, *datasets: str) -> list[str]:
+        drawn = draw_sentences(datasets, "train", Recipe(sentences=20, seed=seed))
+        return [s.id for s in drawn["large"][0]]
+
+    assert ids(1, "large") == ids(1, "large") != ids(2, "large")
+    assert ids(1, "large", "middle") == ids(1, "middle", "large") == ids(1, "large")[:10]
+    assert len(set(ids(1, "large"))) == 20
+
+
+@pytest.mark.usefixtures("sized")
+def test_refused_sentences_are_not_drawn_and_too_few_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    drawn = draw_sentences(["small"], "train", Recipe(sentences=8), lambda s, types: int(s.id[-1]) % 2 == 0)
+    assert {int(s.id[-1]) % 2 for s in drawn["small"][0]} == {0} and counts(drawn) == {"small": 5}
+    assert "only 5 of 8 sentences could be drawn" in caplog.text
+
+
+def test_repeated_texts_are_drawn_once_and_few_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(dataset: str, split: str) -> list[Sentence]:
+        full = toy(dataset, split, 30)
+        empty = [Sentence(f"empty/{i}", f"nothing {i}", ()) for i in range(60)]
+        return [*full, *(replace(s, id=f"again/{s.id}") for s in full), *empty]
+
+    use_toys(monkeypatch, load)
+    drawn = draw_sentences(["x"], "train", Recipe(sentences=30, max_empty=0.2))["x"][0]
+    assert len({s.text for s in drawn}) == len(drawn) == 30
+    assert sum(not s.mentions for s in drawn) == 6  # 0.2 of 30
+    assert not [s for s in draw_sentences(["x"], "train", Recipe(sentences=30, max_empty=0))["x"][0] if not s.mentions]
+
+
+TYPES = [f"type {c}" for c in "abcdefghij"]
+SENTENCE = Sentence("s/0", "Ada saw London.", (Mention(0, 3, "type a"), Mention(8, 14, "type b")))
+
+
+def asked(text: str) -> list[str]:
+    """The types that a rendered prompt names."""
+    return text.partition("\n")[0].removeprefix("Entity types: ").split(", ")
+
+
+def test_example_is_the_prompt_and_the_answer_to_the_types_it_names(tiny: Base) -> None:
+    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.5))
+    for epoch in range(40):
+        example = renderer(SENTENCE, TYPES, epoch)
+        text = tiny.tokenizer.decode(example.ids[: -example.answer])
+        assert text == prompts.render(asked(text), SENTENCE.text)
+        assert set(asked(text)) <= set(TYPES) and len(asked(text)) == len(set(asked(text)))
+        assert example.ids[-1] == 0
+        answer = tiny.tokenizer.decode(example.ids[-example.answer : -1])
+        assert answer == prompts.answer(SENTENCE, asked(text))
+        named = {t for t, _ in prompts.parse(answer).pairs}
+        assert named == {"type a", "type b"} & set(asked(text))
+        # Tokenised apart, as the decoder does it.
+        parts = (prompts.prefix(asked(text)), prompts.suffix(SENTENCE.text))
+        ids = [i for part in parts for i in tiny.tokenizer(part, add_special_tokens=False).input_ids]
+        assert list(example.ids[: -example.answer]) == ids
+
+
+def test_label_drop_is_a_types_chance_to_be_left_out(tiny: Base) -> None:
+    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.3))
+    n = 600
+    seen: Counter[str] = Counter()
+    first: Counter[str] = Counter()
+    for i in range(n):
+        names = asked(tiny.tokenizer.decode(renderer(replace(SENTENCE, id=f"s/{i}"), TYPES, 0).ids))
+        seen.update(names)
+        first[names[0]] += 1
+    for t in TYPES:
+        assert seen[t] / n == pytest.approx(0.7, abs=0.08)  # four standard deviations
+        assert first[t] / n == pytest.approx(0.1, abs=0.05)
+
+
+def test_at_most_max_types_and_at_least_one(tiny: Base) -> None:
+    few = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.0, max_types=3))
+    none = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.999))
+    assert {len(asked(tiny.tokenizer.decode(few(SENTENCE, TYPES, e).ids))) for e in range(10)} == {3}
+    assert {len(asked(tiny.tokenizer.decode(none(SENTENCE, TYPES, e).ids))) for e in range(10)} == {1}
+
+
+def test_rendering_is_by_seed_sentence_and_epoch_alone(tiny: Base) -> None:
+    one = Renderer(tiny.tokenizer, 0, Recipe(seed=1))
+    random.seed(5)
+    example = one(SENTENCE, TYPES, 2)
+    random.seed(6)
+    assert Renderer(tiny.tokenizer, 0, Recipe(seed=1))(SENTENCE, TYPES, 2) == example
+    others = [one(SENTENCE, TYPES, 3), one(replace(SENTENCE, id="s/1"), TYPES, 2)]
+    others.append(Renderer(tiny.tokenizer, 0, Recipe(seed=2))(SENTENCE, TYPES, 2))
+    assert example not in others
+
+
+def test_rng_is_the_same_in_every_process() -> None:
+    # The first 8 bytes of sha256("(0, 'sentences')") seed it.
+    assert rng(0, "sentences").random() == random.Random(int("3c3d588f4c604cb5", 16)).random()
+    assert rng(0, "a").random() != rng(0, "b").random() != rng(1, "b").random()
+
+
+def test_batches_hold_every_example_once_and_are_of_similar_length() -> None:
+    draw = random.Random(0)
+    examples = [Example(tuple(range(draw.randrange(1, 100))) + (i,), 1) for i in range(101)]
+    cut = batches(examples, 4, random.Random(1))
+    assert sorted(e.ids for b in cut for e in b) == sorted(e.ids for e in examples)
+    assert sorted(map(len, cut))[-25:] == [4] * 25 and sum(map(len, cut)) == 101
+    spread = [max(len(e.ids) for e in b) - min(len(e.ids) for e in b) for b in cut]
+    assert sum(spread) / len(spread) < 15
+    assert cut == batches(examples, 4, random.Random(1)) != batches(examples, 4, random.Random(2))
+    firsts = [len(b[0].ids) for b in cut]
+    assert firsts != sorted(firsts)
+
+
+def test_collate_by_hand() -> None:
+    batch = collate([Example((5, 6, 7), 1), Example(tuple(range(10, 19)), 3)], pad_id=1)
+    pad, ignored = [1] * 13, [-100]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, *pad], [*range(10, 19), *pad[:7]]]
+    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 13, [1] * 9 + [0] * 7]
+    assert batch["labels"].tolist() == [ignored * 2 + [7] + ignored * 13, ignored * 6 + [16, 17, 18] + ignored * 7]
+    assert {t.dtype for t in batch.values()} == {torch.int64}
+
+
+def test_sampler_goes_on_where_it_starts() -> None:
+    assert list(ResumableSampler(5)) == [0, 1, 2, 3, 4]
+    assert list(ResumableSampler(5, 3)) == [3, 4] and len(ResumableSampler(5, 3)) == 5
+    assert list(ResumableSampler(5, 5)) == []
+
+
+@pytest.mark.usefixtures("sized")
+def test_data_module_draws_a_budget_for_each_domain(tiny: Base) -> None:
+    recipe = Recipe(sentences=20, epochs=3, batch_size=4, max_length=120)
+    data = ExpertDataModule([["small", "middle"], ["large"]], tiny.tokenizer, 0, recipe)
+    data.setup()
+    found = Counter(s.id.split("/")[0] for s in data.sentences)
+    assert found == {"small": 10, "middle": 10, "large": 20} and data.types == ["location", "person"]
+    assert sum(map(len, data.plan)) == 3 * 40
+    epochs = [data.plan[i : i + 10] for i in (0, 10, 20)]
+    texts = [
+        sorted(tiny.tokenizer.decode(e.ids).split("Text:")[1].split("\n")[0] for b in ep for e in b) for ep in epochs
+    ]
+    assert texts[0] == texts[1] == texts[2]  # each sentence once an epoch, rendered anew
+    assert epochs[0] != epochs[1]
+    plan = data.plan
+    data.setup()
+    assert data.plan is plan
+    again = ExpertDataModule([["small", "middle"], ["large"]], tiny.tokenizer, 0, recipe)
+    again.setup()
+    assert again.plan == plan
+
+
+@pytest.mark.usefixtures("sized")
+def test_long_sentences_are_left_out_and_none_left_is_refused(tiny: Base) -> None:
+    data = ExpertDataModule([["large"]], tiny.tokenizer, 0, Recipe(sentences=50, max_length=75, label_drop=0.0))
+    data.setup()
+    assert len(data.sentences) > 0 and all(len(e.ids) <= 75 for b in data.plan for e in b)
+    assert max(len(s.text) for s in data.sentences) < max(len(s.text) for s in toy("large", "train", 200))
+    with pytest.raises(SamError) as error:
+        ExpertDataModule([["large"], ["small"]], tiny.tokenizer, 0, Recipe(max_length=8)).setup()
+    assert one_line(error) == "train.max_length=8 leaves no sentence of large, small; raise it"
+
+
+@pytest.mark.usefixtures("sized")
+def test_loader_goes_on_after_the_batches_done(tiny: Base) -> None:
+    data = ExpertDataModule([["small"]], tiny.tokenizer, 0, Recipe(sentences=10, batch_size=2, max_length=120))
+    data.setup()
+    full = [b["input_ids"].tolist() for b in data.train_dataloader()]
+    data.load_state_dict({"start": 3})
+    assert [b["input_ids"].tolist() for b in data.train_dataloader()] == full[3:]
+    assert data.state_dict() == {"start": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lrate": 1}, "train.lrate is unknown; allowed: alpha, batch_size"),
+        ({"epochs": 0}, "train.epochs=0 must be at least 1"),
+        ({"label_drop": 1.0}, "train.label_drop=1.0 must lie in"),
+        ({"lr": 0.0}, "train.lr=0.0 must be above 0"),
+        ({"clip": -1.0}, "train.clip=-1.0 must be at least 0"),
+    ],
+)
+def test_bad_recipe_is_one_line(change: dict[str, float], said: str) -> None:
+    with pytest.raises(SamError) as error:
+        Recipe.from_config({**Recipe().to_dict(), **change})
+    assert one_line(error).startswith(said)
+
+
+def test_shipped_recipe_is_one() -> None:
+    assert Recipe.from_config(config("train", "default")).sentences > 0

@@ -1,0 +1,320 @@
+"""Training an expert from end to end on toy corpora: what is saved, what stays as it was, and being killed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from sam import corpora
+from sam.base import Base
+from sam.errors import SamError
+from sam.experts import Card, ExpertModule, Pool, Recipe, train
+from sam.experts.train import auto_precision, draw_heldout, recipe_hash
+from sam.merging import AdapterDeltas
+from sam.prompts import PROMPT_VERSION
+from tests.tiny import one_line
+from tests.toy_training import RECIPE, STEPS, arrange, run, toy, use_toys
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_toys(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_loaded: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an expert that was trained without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        use_toys(patch)
+        return run(tiny_loaded, folder / "out", folder / "work")[0]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def steps_of(patch: pytest.MonkeyPatch) -> list[float]:
+    """A list that every training step adds its loss to."""
+    losses: list[float] = []
+    step = ExpertModule.training_step
+
+    def counted(self: ExpertModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        losses.append(loss.item())
+        return loss
+
+    patch.setattr(ExpertModule, "training_step", counted)
+    return losses
+
+
+def test_loss_falls_and_the_base_model_stays(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = steps_of(monkeypatch)
+    run(tiny, tmp_path / "out", tmp_path / "work")
+    assert len(losses) == STEPS
+    assert sum(losses[-6:]) / 6 < 0.8 * sum(losses[:6]) / 6
+    assert not any("lora" in name for name, _ in tiny.model.named_modules())
+    assert not any(p.requires_grad for p in tiny.model.parameters())
+
+
+def test_training_twice_on_one_base_is_the_same_and_warns_of_nothing(tiny: Base, whole: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(second time|multiple adapters|peft_config).*")
+        folder, _ = run(tiny, tmp_path / "out", tmp_path / "work")
+    assert weights(folder) == weights(whole)
+    assert (tmp_path / "work").is_dir() and not list((tmp_path / "work").iterdir())
+
+
+def test_card_says_what_was_done(tiny: Base, whole: Path) -> None:
+    card = Card.read(whole)
+    assert (card.name, card.role, card.domain, card.base) == ("toys", "expert", "toys", "tiny")
+    assert card.datasets == ("toy",) and card.types == ("location", "person") and card.sentences == 24
+    assert card.base_fingerprint == tiny.fingerprint and card.prompt_version == PROMPT_VERSION
+    assert card.encoder == "minilm" and sum(x * x for x in card.centroid) == pytest.approx(1, abs=1e-3)
+    assert card.recipe == {
+        **RECIPE.to_dict(),
+        "precision": "32-true",
+        "hash": recipe_hash(tiny, [["toy"]], RECIPE, "32-true"),
+    }
+    assert card.scores["datasets"]["toy"]["n"] == 2 and card.licences == {"toy": "CC0-1.0"}
+    assert "| toy | CC0-1.0 |" in (whole / "README.md").read_text()
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "expert.json",
+    ]
+    Pool(whole.parent).check(tiny.fingerprint, PROMPT_VERSION)
+
+
+def test_peft_alone_loads_the_folder_and_finds_the_same_deltas(tiny: Base, whole: Path) -> None:
+    assert {t.dtype for t in load_file(whole / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((whole / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        peft_model = PeftModel.from_pretrained(copy.deepcopy(tiny.model), str(whole))
+    deltas = AdapterDeltas.open(whole)
+    assert len(deltas.modules()) == 14
+    for name in deltas.modules():
+        layer: Any = peft_model.get_base_model().get_submodule(name)
+        assert torch.allclose(layer.get_delta_weight("default"), deltas.delta(name), atol=1e-7)
+        assert deltas.delta(name).abs().max() > 0
+
+
+def test_finished_expert_is_kept_and_another_recipe_trains_anew(
+    tiny: Base, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = steps_of(monkeypatch)
+    out, work = tmp_path / "out", tmp_path / "work"
+    folder, card = run(tiny, out, work)
+    made = (folder / "expert.json").stat().st_mtime_ns
+    assert run(tiny, out, work) == (folder, card)
+    run(tiny, out, work, recipe=dataclasses.replace(RECIPE, heldout=1))  # it only measures
+    assert len(losses) == STEPS and (folder / "expert.json").stat().st_mtime_ns == made
+    _, other = run(tiny, out, work, recipe=dataclasses.replace(RECIPE, lr=1e-3))
+    assert len(losses) == 2 * STEPS and other.recipe["lr"] == 1e-3
+    assert weights(folder) != weights(whole) and Card.read(folder) == other
+
+
+@pytest.mark.parametrize("damage", ["card", "weights"])
+def test_damaged_expert_is_trained_again(tiny: Base, whole: Path, tmp_path: Path, damage: str) -> None:
+    folder, _ = run(tiny, tmp_path / "out", tmp_path / "work")
+    if damage == "card":
+        (folder / "expert.json").write_text("{")
+    else:
+        (folder / "adapter_model.safetensors").unlink()
+    run(tiny, tmp_path / "out", tmp_path / "work")
+    assert weights(folder) == weights(whole) and Card.read(folder) == Card.read(whole)
+
+
+class Struck(Exception):  # noqa: N818
+    """What a test has happen in the midst of training."""
+
+
+def strike() -> None:
+    raise Struck
+
+
+def interrupted(base: Base, tmp_path: Path, moment: str, **options: Any) -> None:
+    """Start a training that an exception ends at ``moment``."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Struck):
+        arrange(patch, moment, strike)
+        run(base, tmp_path / "out", tmp_path / "work", **options)
+
+
+@pytest.mark.parametrize(
+    ("moment", "every", "left"),
+    [("step 2", 5, STEPS), ("step 13", 5, STEPS - 10), ("step 20", 5, STEPS - 15), ("score", 5, 4), ("score", 6, 0)],
+)
+def test_exception_leaves_the_base_model_and_the_next_run_goes_on(
+    tiny: Base, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, every: int, left: int
+) -> None:
+    before = copy.deepcopy(tiny.model.state_dict())
+    interrupted(tiny, tmp_path, moment, every=every)
+    after = tiny.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+    assert not tiny.model.training and not list((tmp_path / "out").glob("*"))
+    losses = steps_of(monkeypatch)
+    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", every=every)
+    assert len(losses) == left
+    assert weights(folder) == weights(whole)
+    assert card == Card.read(whole)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_keyboard_interrupt_ends_training_without_an_expert(tiny: Base, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        arrange(patch, "step 7", interrupt)
+        run(tiny, tmp_path / "out", tmp_path / "work")
+    assert not (tmp_path / "out" / "toys").exists()
+
+
+def test_checkpoint_holds_trained_tensors_only(tiny: Base, tmp_path: Path) -> None:
+    interrupted(tiny, tmp_path, "step 9")
+    (path,) = (tmp_path / "work").rglob("*.ckpt")
+    assert path.name == "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 5
+    assert checkpoint["state_dict"] and all(".lora_" in name for name in checkpoint["state_dict"])
+    trained = sum(t.nbytes for t in checkpoint["state_dict"].values())
+    frozen = sum(p.nbytes for p in tiny.model.parameters())
+    assert path.stat().st_size < 3 * trained + 50_000 < frozen  # with AdamW's two moments
+
+
+def test_another_recipe_does_not_go_on_from_a_checkpoint(
+    tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(RECIPE, lr=1e-3)
+    alone, _ = run(tiny, tmp_path / "alone", tmp_path / "else", recipe=other)
+    interrupted(tiny, tmp_path, "step 13")
+    losses = steps_of(monkeypatch)
+    folder, _ = run(tiny, tmp_path / "out", tmp_path / "work", recipe=other)
+    assert len(losses) == STEPS and weights(folder) == weights(alone)
+
+
+def test_truncated_checkpoint_starts_anew(
+    tiny: Base, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted(tiny, tmp_path, "step 13")
+    (path,) = (tmp_path / "work").rglob("last.ckpt")
+    path.write_bytes(path.read_bytes()[:-100])
+    folder, _ = run(tiny, tmp_path / "out", tmp_path / "work")
+    assert "is cut short; training starts anew" in caplog.text and weights(folder) == weights(whole)
+
+
+def test_killed_again_and_again_it_ends_the_same(tiny_base: Path, whole: Path, tmp_path: Path) -> None:
+    """Real processes, one after the other, each killed at a worse moment; the last is left alone."""
+
+    def start(moment: str) -> int:
+        command = [sys.executable, "-m", "tests.toy_training", str(tiny_base), str(out), str(tmp_path / "work"), moment]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=900).returncode
+
+    out = tmp_path / "out"
+    # The first leaves a checkpoint at step 5, the second dies while it writes that at 10, the third has learnt all.
+    assert [start(moment) for moment in ("step 9", "save", "score")] == [-signal.SIGKILL] * 3
+    assert not list(out.glob("[!.]*"))
+    assert start("never") == 0
+    assert weights(out / "toys") == weights(whole)
+
+
+def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> None:
+    base = dataclasses.replace(tiny, fingerprint="f" * 64)
+    plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
+    # Experts that are already trained are known by it.
+    assert plain == "2d0707c0fadeec49"
+    others = [
+        recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
+        recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
+        recipe_hash(base, [["b", "a"]], Recipe(), "32-true"),
+        recipe_hash(base, [["a", "b"]], Recipe(), "bf16-mixed"),
+        *(
+            recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
+            for name, value in Recipe().to_dict().items()
+            if name != "heldout"
+        ),
+    ]
+    assert len({plain, *others}) == len(others) + 1
+    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true") == plain
+
+
+def test_precisions_that_would_cast_the_base_model_are_refused(tiny: Base, tmp_path: Path) -> None:
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "bf16-true", "enable_progress_bar": False}
+    with pytest.raises(SamError) as error:
+        run(tiny, tmp_path / "out", tmp_path / "work", trainer=trainer)
+    assert one_line(error) == ("trainer.precision=bf16-true is unknown; allowed: auto, 32-true, bf16-mixed, 16-mixed")
+    assert auto_precision("16-mixed", "cpu") == "16-mixed"
+    assert auto_precision("auto", "cpu") in ("32-true", "bf16-mixed")
+
+
+def test_bf16_autocast_leaves_the_base_model_and_trains_in_fp32(tiny: Base, whole: Path, tmp_path: Path) -> None:
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "bf16-mixed", "enable_progress_bar": False}
+    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", trainer=trainer)
+    assert card.recipe["precision"] == "bf16-mixed" and weights(folder) != weights(whole)
+
+
+def test_heldout_sentences_come_from_dev_or_test_never_from_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spec(*splits: str) -> Any:
+        return type("Spec", (), {"splits": dict.fromkeys(splits)})()
+
+    monkeypatch.setattr(corpora, "load", lambda dataset, split: toy(dataset, split, 10))
+    for splits, expected in [(("train", "dev", "test"), "dev"), (("test", "train"), "test")]:
+        monkeypatch.setattr(corpora, "spec", lambda dataset, splits=splits: spec(*splits))
+        drawn = draw_heldout("toy", RECIPE)
+        assert len(drawn) == 2 and {s.id.split("/")[1] for s in drawn} == {expected}
+        assert drawn == draw_heldout("toy", RECIPE)
+    monkeypatch.setattr(corpora, "spec", lambda dataset: spec("train"))
+    assert draw_heldout("toy", RECIPE) == []
+
+
+def test_what_is_missing_is_missed_before_training(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(dataset: str, split: str) -> Any:
+        if split == "dev":
+            raise SamError("no such file")
+        return toy(dataset, split)
+
+    losses = steps_of(monkeypatch)
+    use_toys(monkeypatch, load)
+    with pytest.raises(SamError, match="no such file"):
+        run(tiny, tmp_path / "out", tmp_path / "work")
+    assert not losses
+
+
+def test_scores_are_those_of_the_saved_adapter(
+    tiny: Base, whole: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that name what is there score 1, and they are asked of base + ΔW of the saved weights."""
+    caplog.set_level(logging.INFO)
+    sentences = toy("toy", "dev", 4)
+    asked: list[torch.Tensor] = []
+
+    def perfect(base: Base, types: list[str], texts: list[str], spec: Any) -> list[Any]:
+        from sam.decoding.greedy import Answer
+        from sam.prompts import answer
+
+        asked.append(base.model.model.layers[0].mlp.up_proj.weight.clone())
+        return [Answer(answer(next(s for s in sentences if s.text == t), types), False) for t in texts]
+
+    monkeypatch.setattr("sam.decoding.greedy.decode", perfect)
+    scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, None)  # type: ignore[arg-type]
+    assert scores["datasets"] == {"toy": {"f1": 1.0, "n": 4, "unparsable": 0}} and scores["mean_f1"] == 1.0
+    name = "model.layers.0.mlp.up_proj"
+    expected = tiny.model.get_submodule(name).weight + AdapterDeltas.open(whole).delta(name)
+    assert torch.allclose(asked[0], expected, atol=1e-6)

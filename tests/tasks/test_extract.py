@@ -1,0 +1,301 @@
+"""The task ``run`` in this process: what a result says, when it is done again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import sam.engine
+import sam.tasks.extract
+from sam import launch, prompts
+from sam.base import BaseSpec
+from sam.combine import combine
+from sam.decoding.greedy import Answer
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.ner import Mention, Prediction, Sentence
+from sam.paths import conf_dir
+from sam.results import PREDICTIONS, RESULT, STATUS
+from sam.scoring import score
+from sam.targets import mini
+from sam.tasks.extract import extract, plan
+from tests.tiny import HashEncoder, make_card, one_line
+
+Config = dict[str, Any]
+Compose = Callable[..., Config]
+
+
+@pytest.fixture
+def pool(shared_pool: Pool, tmp_path: Path) -> Pool:
+    """Three experts and a unified one, to be changed at will."""
+    return Pool(shutil.copytree(shared_pool.path, tmp_path / "pool", ignore=shutil.ignore_patterns("stem")))
+
+
+@pytest.fixture
+def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compose]:
+    """``composed(*overrides)``: the plain config of a run on the tiny base and pool, no model asked."""
+    launch.register_resolvers()
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setenv("SAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sam.tasks.extract, "Encoder", lambda spec: HashEncoder())
+    monkeypatch.setattr(sam.engine, "decode_prompts", pretend)
+    fixed = ["base=local", f"base.location={tiny_spec.location}", f"experts.path={pool.path}", "logger=none"]
+    fixed += ["trainer=cpu", "target=mini_movie", "limit=6", "k=2", "sample_size=3"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+
+        def make(*overrides: str) -> Config:
+            found = OmegaConf.to_container(compose("config", [*fixed, *overrides]), resolve=True)
+            assert isinstance(found, dict)
+            return {str(k): v for k, v in found.items()}
+
+        yield make
+
+
+GOLD = {s.text: s for name in ("movie", "music") for s in mini(name).sentences}
+
+
+def pretend(base: Any, parts: Sequence[tuple[str, str]], spec: Any, progress: Any = None) -> list[Answer]:
+    """Answers that are right, half right, wrong, and no JSON, in turn by the weights and the text."""
+    weight = int(abs(float(base.model.model.layers[0].self_attn.q_proj.weight.sum())) * 100)
+    return [Answer(_pretended(prefix, suffix, weight), truncated=False) for prefix, suffix in parts]
+
+
+def _pretended(prefix: str, suffix: str, weight: int) -> str:
+    types = prefix.removeprefix("Entity types: ").partition("\n")[0].split(", ")
+    text = suffix.removesuffix("\nEntities:").strip()
+    turn = (weight + len(text)) % 4
+    gold = GOLD.get(text, Sentence("", text, ()))
+    if turn == 0:
+        return prompts.answer(gold, types)
+    if turn == 1:
+        return prompts.answer(gold, types[::2])
+    wrong = {types[0]: ["not there", text[:3]], "wizard": ["x"]}
+    return f" {json.dumps(wrong)}" if turn == 2 else "I do not know"
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / RESULT).read_text()))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / PREDICTIONS).read_text().splitlines()]
+
+
+def test_predictions_scored_again_give_the_result(composed: Compose, tmp_path: Path) -> None:
+    f1 = extract(composed("target=[mini_movie,mini_music]"), tmp_path / "r", [], None)
+    result, rows = result_of(tmp_path / "r"), rows_of(tmp_path / "r")
+    assert list(result["targets"]) == ["mini_movie", "mini_music"]
+    for name, target in result["targets"].items():
+        mine = [row for row in rows if row["target"] == name]
+        assert [row["id"] for row in mine] == [s.id for s in mini(name.removeprefix("mini_")).sentences[:6]]
+        assert target["n"] == 6
+        gold = [Sentence(r["id"], r["text"], tuple(Mention(a, b, t) for t, a, b in r["gold"])) for r in mine]
+        found: dict[str, list[Prediction]] = {
+            model: [prompts.predict(r["text"], r["models"][model]["answer"], target["types"]) for r in mine]
+            for model in target["models"]
+        }
+        found["combined"] = [
+            combine(list(models), r["text"], "union", target["types"])
+            for r, *models in zip(mine, *found.values(), strict=True)
+        ]
+        kept = {**target["models"], "combined": target["combined"]}
+        assert set(kept) == {"domain", "sampling", "combined"}
+        for model, predictions in found.items():
+            assert json.loads(json.dumps(score(gold, predictions).to_dict())) == kept[model]["scores"]
+            for r, p in zip(mine, predictions, strict=True):
+                line = r["combined"] if model == "combined" else r["models"][model]
+                assert line["pairs"] == [list(pair) for pair in p.pairs]
+                assert line["mentions"] == [[m.type, m.start, m.end] for m in p.mentions]
+    for metric in ("precision", "recall", "f1", "span_f1"):
+        values = [t["combined"]["scores"][metric] for t in result["targets"].values()]
+        assert result["overall"][metric] == pytest.approx(sum(values) / 2, abs=1e-12)
+    assert f1 == result["overall"]["f1"]
+    assert 0 < f1 < 1
+    faults = [t["models"][m]["scores"] for t in result["targets"].values() for m in t["models"]]
+    assert all(sum(s[fault] for s in faults) > 0 for fault in ("unparsable", "not_asked", "not_in_sentence"))
+
+
+def test_a_result_says_what_it_stands_on(composed: Compose, tmp_path: Path) -> None:
+    config = composed()
+    extract(config, tmp_path / "r", ["k=2"], "sweep")
+    result = result_of(tmp_path / "r")
+    assert result["config"] == json.loads(json.dumps(config))
+    assert result["overrides"] == ["k=2"]
+    assert result["base"]["name"] == "local"
+    assert len(result["base"]["fingerprint"]) == 64
+    target = result["targets"]["mini_movie"]
+    assert target["labels_used_for_selection"] is False
+    for name, model in target["models"].items():
+        assert model["experts"] == target["selections"][name]["experts"]
+        assert len(set(model["experts"])) == 2
+        assert set(target["selections"][name]["scores"]) == {"biomedical", "news", "social"}
+    sampled = target["selections"]["sampling"]["details"]["sampled"]
+    assert len(sampled) == 3
+    assert result["answers"]["decoded"] > 0
+    assert result["seconds"]["total"] >= result["seconds"]["decode"]
+
+
+def again(monkeypatch: pytest.MonkeyPatch, config: Config, folder: Path) -> bool:
+    """Whether ``config`` is run once more in ``folder``."""
+    real, calls = sam.tasks.extract.run_targets, []
+
+    def run_targets(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sam.tasks.extract, "run_targets", run_targets)
+        extract(config, folder, [], None)
+    return bool(calls)
+
+
+def test_what_is_done_is_left_alone(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    f1 = extract(composed(), tmp_path / "r", [], None)
+    before = (tmp_path / "r" / RESULT).stat().st_mtime_ns
+    assert not again(monkeypatch, composed(), tmp_path / "r")
+    assert not again(monkeypatch, composed("answers=fresh", "trainer=auto", "sweep=x"), tmp_path / "r")
+    assert extract(composed(), tmp_path / "r", [], None) == f1
+    assert (tmp_path / "r" / RESULT).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "override", ["sample_size=2", "k=1", "seed=1", "merge=linear", "limit=5", "combine=intersection"]
+)
+def test_another_question_is_run_again(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    extract(composed(), tmp_path / "r", [], None)
+    old = result_of(tmp_path / "r")["config_hash"]
+    assert again(monkeypatch, composed(override), tmp_path / "r")
+    assert result_of(tmp_path / "r")["config_hash"] != old
+
+
+def test_another_expert_is_run_again(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    extract(composed(), tmp_path / "r", [], None)
+    card = Pool(pool.path).cards["news"]
+    make_card("news", card.base_fingerprint, centroid=tuple(-x for x in card.centroid)).write(pool.path / "news")
+    assert again(monkeypatch, composed(), tmp_path / "r"), "the centroid decides who is selected"
+    settings = json.loads((pool.path / "news" / "adapter_config.json").read_text())
+    settings["lora_alpha"] *= 2
+    (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
+    assert again(monkeypatch, composed(), tmp_path / "r"), "alpha scales the delta"
+    assert not again(monkeypatch, composed(), tmp_path / "r")
+
+
+def test_an_expert_that_is_not_looked_at_changes_nothing(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    config = composed("experts.exclude=[news]")
+    extract(config, tmp_path / "r", [], None)
+    card = Pool(pool.path).cards["news"]
+    make_card("news", card.base_fingerprint, sentences=11).write(pool.path / "news")
+    assert not again(monkeypatch, config, tmp_path / "r")
+
+
+def test_answers_are_shared_from_run_to_run(composed: Compose, tmp_path: Path) -> None:
+    extract(composed("k=1", "merge=ties"), tmp_path / "a", [], None)
+    extract(composed("k=1", "merge=dare"), tmp_path / "b", [], None)
+    assert result_of(tmp_path / "b")["answers"].get("decoded", 0) == 0
+    assert result_of(tmp_path / "b")["overall"] == result_of(tmp_path / "a")["overall"]
+    extract(composed("k=1", "merge=dare", "answers=fresh"), tmp_path / "c", [], None)
+    assert result_of(tmp_path / "c")["answers"]["decoded"] > 0
+    assert result_of(tmp_path / "c")["overall"] == result_of(tmp_path / "a")["overall"]
+
+
+def test_an_old_result_does_not_pass_for_a_new_run_that_dies(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(composed(), tmp_path / "r", [], None)
+
+    def dies(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sam.tasks.extract, "run_targets", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extract(composed("k=1"), tmp_path / "r", ["k=1"], None)
+    assert not (tmp_path / "r" / RESULT).exists()
+    status = json.loads((tmp_path / "r" / STATUS).read_text())
+    assert (status["state"], status["overrides"]) == ("running", ["k=1"])
+
+
+def test_sentences_without_gold_are_predicted_and_not_scored(composed: Compose, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("a film with ada lovelace\nanother one\n")
+    overrides = ["target=files", f"target.path={path}", "target.types=[actor,year]"]
+    assert str(extract(composed(*overrides), tmp_path / "r", [], None)) == "nan"
+    result, rows = result_of(tmp_path / "r"), rows_of(tmp_path / "r")
+    assert result["overall"] is None
+    assert result["targets"]["files"]["combined"]["scores"] is None
+    assert [row["gold"] for row in rows] == [None, None]
+    assert {row["prompt"].partition("\n")[0] for row in rows} == {"Entity types: actor, year"}
+    # Once more: what is done is done, also without a score.
+    assert str(extract(composed(*overrides), tmp_path / "r", [], None)) == "nan"
+
+
+def test_the_oracle_is_labelled(composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(composed("selector=oracle"), tmp_path / "r", [], None)
+    target = result_of(tmp_path / "r")["targets"]["mini_movie"]
+    assert target["labels_used_for_selection"] is True
+    assert "gold" in target["selections"]["oracle"]["details"]["by"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not a method" in out
+    assert "gold labels used" in out
+
+
+def test_one_name_may_stand_bare(composed: Compose, tmp_path: Path) -> None:
+    extract(composed("selector=named", "selector.experts=unified"), tmp_path / "r", [], None)
+    assert result_of(tmp_path / "r")["targets"]["mini_movie"]["models"]["named"]["experts"] == ["unified"]
+    assert plan(composed("experts.only=news", "k=1")).names == ["news"]
+    assert plan(composed("experts.exclude=news")).names == ["biomedical", "social"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["k=4"], ("k=4", "1..3", "biomedical, news, social")),
+        (["experts.only=[news]"], ("k=2", "1..1")),
+        (["experts.only=[sports]"], ("'sports'", "news")),
+        (["experts.exclude=[news,social,biomedical]"], ("leave no expert", "news")),
+        (["merge.density=2"], ("merge.density=2", "(0, 1]")),
+        (["merge=linear", "merge.density=0.5"], ("merge=linear", "density")),
+        (["merge.weights=[1,2,3]"], ("3 values for 2 experts",)),
+        (["+merge.theta=1"], ("merge.theta", "density")),
+        (["combine.rule=vote"], ("combine.rule=vote", "union")),
+        (["answers=old"], ("answers=old", "reuse, fresh")),
+        (["limit=0"], ("limit=0",)),
+        (["seed=one"], ("seed='one'",)),
+        (["target.types=[actr]"], ("'actr'", "'actor'")),
+        (["target=files", "target.path=x.txt", "target.types=[a]", "selector=oracle"], ("x.txt",)),
+        (["base.location=/nowhere"], ("base.location=/nowhere",)),
+        (["experts.path=/nowhere"], ("experts.path=/nowhere",)),
+        (["decode.batch_size=0"], ("decode.batch_size=0",)),
+    ],
+)
+def test_mistakes_are_refused_in_one_line_before_a_model_is_loaded(
+    composed: Compose, overrides: list[str], named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(sam.engine, "load", refuses)
+    with pytest.raises(SamError) as error:
+        plan(composed(*overrides))
+    message = one_line(error)
+    assert all(part in message for part in named)
+
+
+def test_the_oracle_needs_gold(composed: Compose, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("a film\n")
+    with pytest.raises(SamError, match="ranks by gold labels"):
+        plan(composed("target=files", f"target.path={path}", "target.types=[a]", "selector=oracle"))

@@ -1,0 +1,108 @@
+"""Training on toy corpora, made to be killed: ``python -m tests.toy_training BASE OUT WORK MOMENT``."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sam import corpora
+from sam.base import Base, BaseSpec, load
+from sam.decoding import DecodeSpec
+from sam.encoder import Encoder
+from sam.experts import Card, ExpertModule, Recipe, train, train_expert
+from sam.ner import Mention, Sentence
+from tests.tiny import HashEncoder
+
+NAMES = ["Ada", "Alan", "Grace", "Kurt", "Emmy", "Alonzo", "Noam", "Barbara"]
+PLACES = ["London", "Paris", "Rome", "Berlin", "Oslo"]
+RECIPE = Recipe(sentences=24, epochs=2, batch_size=2, lr=5e-3, r=4, alpha=8, max_length=120, heldout=2, seed=3)
+STEPS = 24
+"""24 sentences, in batches of 2, twice."""
+
+
+def toy(dataset: str, split: str, n: int = 40) -> list[Sentence]:
+    """``n`` sentences that differ, each with a person and a place."""
+    draw = random.Random(f"{dataset} {split}")
+    found = []
+    for index in range(n):
+        name, place = draw.choice(NAMES), draw.choice(PLACES)
+        text = f"{name} saw {place}" + " again" * draw.randrange(6) + f" in {1900 + index}."
+        start = text.index(place)
+        mentions = (Mention(0, len(name), "person"), Mention(start, start + len(place), "location"))
+        found.append(Sentence(f"{dataset}/{split}/{index}", text, mentions))
+    return found
+
+
+def use_toys(patch: pytest.MonkeyPatch, load: Callable[[str, str], list[Sentence]] = toy) -> None:
+    """Put toy datasets in place of the corpora, each with the splits train and dev."""
+    patch.setattr(corpora, "load", load)
+    spec = SimpleNamespace(splits={"train": None, "dev": None}, licence="CC0-1.0")
+    patch.setattr(corpora, "spec", lambda dataset: spec)
+
+
+def run(base: Base, out: Path, work: Path, every: int = 5, **options: Any) -> tuple[Path, Card]:
+    """Train an expert on one toy dataset, in fp32 on the CPU, on one thread: sums are in one order everywhere."""
+    encoder: Encoder = HashEncoder()
+    defaults: dict[str, Any] = {
+        "name": "toys",
+        "role": "expert",
+        "domains": [["toy"]],
+        "recipe": RECIPE,
+        "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},
+        "decode": DecodeSpec(8, 2),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_expert(base, encoder, out=out, work=work, checkpoint_every=every, **(defaults | options))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def kill() -> None:
+    """End this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arrange(patch: pytest.MonkeyPatch, moment: str, strike: Callable[[], None] = kill) -> None:
+    """Have ``strike`` called at ``moment``: "step N", "save" (a checkpoint is being written) or "score"."""
+    step, save, score = ExpertModule.training_step, torch.save, train.score_heldout
+    steps = 0
+
+    def struck_step(self: ExpertModule, batch: Any, batch_idx: int) -> Any:
+        nonlocal steps
+        steps += 1
+        if moment == f"step {steps}":
+            strike()
+        return step(self, batch, batch_idx)
+
+    def struck_save(checkpoint: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        save(checkpoint, file, *args, **kwargs)
+        if moment == "save":
+            strike()
+
+    def struck_score(*args: Any) -> Any:
+        if moment == "score":
+            strike()
+        return score(*args)
+
+    patch.setattr(ExpertModule, "training_step", struck_step)
+    patch.setattr(torch, "save", struck_save)
+    patch.setattr(train, "score_heldout", struck_score)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_toys(monkeypatch)
+        arrange(monkeypatch, sys.argv[4])
+        tiny = load(BaseSpec("tiny", "local", location=sys.argv[1]), "cpu")
+        run(tiny, Path(sys.argv[2]), Path(sys.argv[3]))
