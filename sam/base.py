@@ -169,9 +169,11 @@ def _convert(parts: list[Path], stage: Path) -> None:
     """Write the GGUF ``parts`` as a transformers folder, fp32 safetensors, with its manifest last."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
 
     from sam.console import console
 
+    hf_logging.disable_progress_bar()
     gguf = stage / "model.gguf"
     with gguf.open("wb") as out:
         for part in parts:

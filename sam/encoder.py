@@ -57,7 +57,9 @@ class Encoder:
         """Normalised embeddings, float32 array of shape [len(texts), dim]."""
         if self._model is None:
             from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging as hf_logging
 
+            hf_logging.disable_progress_bar()
             path = self._path()
             try:
                 self._model = SentenceTransformer(

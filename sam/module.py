@@ -78,9 +78,9 @@ class SamModule(L.LightningModule):
             self.predictions = {name: {} for name in self.selections}
 
     def _loaders(self, sentences: Sequence[Sentence]) -> list[DataLoader]:
-        # Longest first, in large chunks: the engine cuts them into batches of similar length.
+        # Longest first: batches of similar length.
         ordered = sorted(sentences, key=lambda s: (-len(s.text), s.id))
-        size = 4 * self.engine.decoding.batch_size
+        size = self.engine.decoding.batch_size
         return [DataLoader(ordered, batch_size=size, collate_fn=list) for _ in self.selections]  # type: ignore[arg-type]
 
     def test_dataloader(self) -> list[DataLoader]:

@@ -40,5 +40,10 @@ def tracked(config: Mapping[str, Any], folder: Path, group: str | None, name: st
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off"),
     )
-    with run:
+    # Not `with run`: at an error that prints a traceback, also of a user's mistake.
+    try:
         yield run
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()

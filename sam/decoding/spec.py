@@ -14,7 +14,7 @@ class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (no effect on answers)."""
 
     max_new_tokens: int = 160
-    batch_size: int = 64
+    batch_size: int = 256
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:

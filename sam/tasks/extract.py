@@ -112,7 +112,8 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
     """Run the config into ``folder``; a folder that holds its result already is left as it is. Returns mean F1."""
     begin = time.perf_counter()
     planned = plan(config)
-    digest = config_hash(config, **facts(planned))
+    # How many sentences are decoded at a time cannot change an answer.
+    digest = config_hash({**config, "decode": {**config["decode"], "batch_size": None}}, **facts(planned))
     done = read_done(folder, digest)
     if done is not None:
         say(f"already done: {folder / RESULT}")
