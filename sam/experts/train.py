@@ -179,6 +179,7 @@ def _save_adapter(folder: Path, weights: Mapping[str, torch.Tensor], config: Any
     half = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in sorted(weights.items())}
     save_file(half, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
     config.base_model_name_or_path = base.name
     config.save_pretrained(str(folder))
 
