@@ -70,7 +70,7 @@ def test_the_set_of_pairs_does_not_depend_on_the_order_of_models(rule: str) -> N
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(SamError, match="'vote': use one of union, intersection, first"):
+    with pytest.raises(SamError, match="combine.rule=vote is unknown; allowed: union, intersection, first"):
         combine([ONE], TEXT, "vote", TYPES)
     with pytest.raises(SamError, match="no predictions"):
         combine([], TEXT, "union", TYPES)

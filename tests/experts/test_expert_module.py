@@ -48,7 +48,7 @@ def test_gradients_are_those_of_the_whole_models_loss(module: ExpertModule) -> N
     found = torch.autograd.grad(module.loss(BATCH), trained)
     expected = torch.autograd.grad(module.net(**BATCH).loss, trained)
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7) and a.abs().sum() > 0
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and a.abs().sum() > 0
 
 
 def test_padding_changes_no_loss(module: ExpertModule) -> None:
