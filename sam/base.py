@@ -193,6 +193,12 @@ def _convert(parts: list[Path], stage: Path) -> None:
     (stage / MANIFEST).write_text(json.dumps({"fingerprint": _hash_weights(stage)}))
 
 
+def settings_hash(path: Path) -> str:
+    """The hash of a model folder's tokenizer and config files: they change answers, though not the weights."""
+    names = sorted(f.name for f in path.glob("*.json") if f.name != MANIFEST and not f.name.endswith(".index.json"))
+    return sha256_of(*(path / name for name in names))
+
+
 def fingerprint(path: Path) -> str:
     """The hash over the weights (names, dtypes, shapes, bytes) in a model folder's safetensors files.
 
@@ -227,6 +233,16 @@ def _hash_weights(path: Path) -> str:
     return digest.hexdigest()
 
 
+def device_of(accelerator: str) -> str:
+    """The torch device for a Lightning ``accelerator``: cpu, gpu, or auto (a GPU if there is one)."""
+    import torch
+
+    known = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}
+    if accelerator not in known:
+        raise SamError(f"trainer.accelerator={accelerator} is unknown; allowed: {', '.join(known)}")
+    return known[accelerator]
+
+
 def load(spec: BaseSpec, device: str = "auto") -> Base:
     """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
 
@@ -239,8 +255,7 @@ def load(spec: BaseSpec, device: str = "auto") -> Base:
     hf_logging.disable_progress_bar()
     path = folder(spec)
     found = fingerprint(path)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of("auto") if device == "auto" else device
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(

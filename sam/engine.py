@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from sam import prompts
-from sam.base import Base, BaseSpec, fingerprint, folder, load
+from sam.base import Base, BaseSpec, device_of, fingerprint, folder, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.decoding.greedy import decode_prompts
 from sam.experts.card import Pool
@@ -31,7 +31,8 @@ class Engine:
     def __init__(
         self, spec: BaseSpec, pool: Pool, decoding: DecodeSpec, store: AnswerStore | None, device: str = "auto"
     ) -> None:
-        self.spec, self.pool, self.decoding, self.store, self.device = spec, pool, decoding, store, device
+        self.spec, self.pool, self.decoding, self.store = spec, pool, decoding, store
+        self.device = device_of("auto") if device == "auto" else device
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self._adapters: dict[str, AdapterDeltas] = {}
@@ -42,6 +43,11 @@ class Engine:
     def fingerprint(self) -> str:
         """The base model's fingerprint, without loading the model where it is known."""
         return fingerprint(folder(self.spec))
+
+    @cached_property
+    def settings(self) -> str:
+        """The hash of the base model's tokenizer and config."""
+        return settings_hash(folder(self.spec))
 
     @cached_property
     def base(self) -> Base:
@@ -119,12 +125,8 @@ class Engine:
         ]
 
     def _decoding(self) -> dict[str, Any]:
-        device = self.device
-        if device == "auto":
-            import torch
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return {**self.decoding.canonical(self.spec.dtype, device), "prompt": prompts.PROMPT_VERSION}
+        canonical = self.decoding.canonical(self.spec.dtype, self.device)
+        return {**canonical, "prompt": prompts.PROMPT_VERSION, "settings": self.settings}
 
     def _apply(self, key: str, experts: Sequence[str], merge: MergeSpec) -> None:
         if self._applied == key:

@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,27 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:
     """Call the task that ``task.name`` names."""
-    if config.get("cache"):
-        os.environ["SAM_CACHE"] = str(config["cache"])
+    with cache_at(config.get("cache")):
+        return _run_task(config, folder, overrides, group)
+
+
+@contextmanager
+def cache_at(folder: str | None) -> Iterator[None]:
+    """Keep the cache in ``folder`` for a block; None leaves it where it is."""
+    before = os.environ.get("SAM_CACHE")
+    if folder:
+        os.environ["SAM_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("SAM_CACHE", None)
+        if before is not None:
+            os.environ["SAM_CACHE"] = before
+
+
+def _run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:
+    if config["trainer"]["devices"] != 1:
+        raise SamError(f"trainer.devices={config['trainer']['devices']} must be 1; run one job a device instead")
     if config["task"]["name"] == "train":
         from sam.tasks.train import train
 

@@ -43,8 +43,8 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None) -> list[Ta
         raise SamError(f"limit={limit} must be at least 1 (or null for all sentences)")
     if not config.get("sets"):
         raise SamError("target names no set; choose one or more: target=mini_movie, target=[crossner_ai,mit_movie]")
-    if not config["sets"]:
-        raise SamError("target=custom names no sets; give '+target.sets.NAME={kind: corpus, dataset: …, split: …}'")
+    if "files" not in {part["kind"] for part in config["sets"].values()} and (config["path"] or config["unlabelled"]):
+        raise SamError("target.path and target.unlabelled are for target=files; choose it or remove them")
     raw = [_load(name, part, config) for name, part in config["sets"].items()]
     wanted = _wanted(config, sorted({t for target in raw for t in target.types}))
     return [_restrict(target, wanted, bool(config["keep_misc"]), limit) for target in raw]
@@ -68,6 +68,8 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
     types = config["types"]
     if not types or isinstance(types, str):
         raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
+    if not config["path"]:
+        raise SamError("target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or a sentence a line)")
     repeated = sorted({t for t in types if types.count(t) > 1})
     if repeated:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")

@@ -11,7 +11,7 @@ from sam.errors import SamError
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (no effect on answers)."""
+    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect)."""
 
     max_new_tokens: int = 160
     batch_size: int = 256
@@ -31,7 +31,10 @@ class DecodeSpec:
         import transformers
 
         versions = [torch.__version__.split("+")[0], transformers.__version__]
+        # In half precision, rounding depends on what else is in a batch, and can change the choice of a token.
+        batch = {} if dtype == "float32" else {"batch_size": self.batch_size}
         return {
+            **batch,
             "method": "greedy",
             "max_new_tokens": self.max_new_tokens,
             "dtype": dtype,

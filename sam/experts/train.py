@@ -39,6 +39,7 @@ def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, pr
     """The hash of all that decides what is learnt; ``heldout`` only measures and is left out."""
     learnt = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
     parts = [base.fingerprint, prompts.PROMPT_VERSION, [list(d) for d in domains], learnt, precision]
+    parts += [] if base.dtype == "float32" else [base.dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -65,7 +66,7 @@ def train_expert(
     precision = auto_precision(str(trainer.get("precision", "auto")), base.device)
     digest = recipe_hash(base, domains, recipe, precision)
     folder = out / name
-    if (done := _finished(folder, digest)) is not None:
+    if (done := _finished(folder, digest, encoder.spec.name)) is not None:
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
     data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
@@ -83,7 +84,8 @@ def train_expert(
     finally:
         if module.net is not None:
             module.net.unload()
-        base.model.eval()
+        # Lightning leaves the model on the CPU when it is done.
+        base.model.eval().to(base.device)
     del module, data
     gc.collect()
     with staged(folder) as stage:
@@ -113,8 +115,8 @@ def train_expert(
     return folder, card
 
 
-def _finished(folder: Path, digest: str) -> Card | None:
-    """The card in ``folder`` if a whole expert of this recipe is there, else None (also for a broken card)."""
+def _finished(folder: Path, digest: str, encoder: str) -> Card | None:
+    """The card in ``folder`` if an expert of this recipe and encoder is there, else None (also for a broken card)."""
     if not (folder / CARD_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         return None
     try:
@@ -122,7 +124,7 @@ def _finished(folder: Path, digest: str) -> Card | None:
     except SamError as error:
         log.warning("%s; training it again", error)
         return None
-    return card if card.recipe.get("hash") == digest else None
+    return card if card.recipe.get("hash") == digest and card.encoder == encoder else None
 
 
 def auto_precision(chosen: str, device: str) -> str:

@@ -121,6 +121,8 @@ def check(name: str, k: int, sample_size: int, names: Sequence[str], pool: Pool,
         raise SamError(f"k={k} must lie in 1..{len(names)}, the size of the pool ({', '.join(names)})")
     if selector.uses_sample and not (isinstance(sample_size, int) and sample_size >= 1):
         raise SamError(f"sample_size={sample_size} must be at least 1")
+    if experts and name != "named":
+        raise SamError(f"selector={name} does not use selector.experts; choose selector=named or remove it")
     if name == "named":
         if not experts:
             raise SamError(f"selector=named needs selector.experts=[…]; the pool holds: {', '.join(pool.cards)}")

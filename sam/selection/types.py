@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,8 +39,3 @@ class Selection:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``result.json``."""
         return {**asdict(self), "experts": list(self.experts)}
-
-
-def names_of(experts: Sequence[str]) -> str:
-    """Experts as they are shown: joined by ``+``."""
-    return "+".join(experts)

@@ -38,6 +38,14 @@ def bars() -> Iterator[Progress]:
         yield start
 
 
+@contextmanager
+def uncounted(engine: Engine) -> Iterator[None]:
+    """Do not count as reused what a block takes from the store: it was decoded ahead for this very run."""
+    before = engine.counts["reused"]
+    yield
+    engine.counts["reused"] = before
+
+
 def sample(
     engine: Engine, targets: Sequence[Target], names: Sequence[str], size: int, seed: int, progress: Progress
 ) -> None:

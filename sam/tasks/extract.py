@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from sam import prompts
-from sam.base import BaseSpec
+from sam.base import BaseSpec, device_of
 from sam.combine import check_rule
 from sam.console import console, print_table, say
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.merging import AdapterDeltas, MergeSpec
+from sam.merging import MERGE_VERSION, AdapterDeltas, MergeSpec
 from sam.merging.checks import check_seed
 from sam.ner import Mention, Prediction
 from sam.paths import cache_dir
@@ -30,7 +28,9 @@ from sam.results import (
     RESULT,
     SCHEMA,
     config_hash,
+    forget_peak_memory,
     git_commit,
+    peak_memory_mb,
     read_done,
     versions,
     write_json,
@@ -112,8 +112,11 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
     """Run the config into ``folder``; a folder that holds its result already is left as it is. Returns mean F1."""
     begin = time.perf_counter()
     planned = plan(config)
-    # How many sentences are decoded at a time cannot change an answer.
-    digest = config_hash({**config, "decode": {**config["decode"], "batch_size": None}}, **facts(planned))
+    science = {
+        **config,
+        "decode": planned.decode.canonical(planned.base.dtype, device_of(config["trainer"]["accelerator"])),
+    }
+    digest = config_hash(science, **facts(planned))
     done = read_done(folder, digest)
     if done is not None:
         say(f"already done: {folder / RESULT}")
@@ -135,14 +138,15 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
 
 def facts(planned: Plan) -> dict[str, Any]:
     """What a result stands on beside its config: the experts' and the targets' content, and versions."""
-    from sam.base import fingerprint, folder
+    from sam.base import fingerprint, folder, settings_hash
 
     experts = {n: [h, planned.pool.cards[n].encoder, planned.pool.cards[n].centroid] for n, h in planned.hashes.items()}
     data = repr([(t.name, t.types, t.sentences, t.unlabelled) for t in planned.targets])
     return {
         "schema": SCHEMA,
         "prompt": prompts.PROMPT_VERSION,
-        "base": fingerprint(folder(planned.base)),
+        "base": [fingerprint(folder(planned.base)), settings_hash(folder(planned.base))],
+        "merging": MERGE_VERSION,
         "experts": experts,
         "targets": hashlib.sha256(data.encode()).hexdigest(),
         "versions": versions(),
@@ -152,8 +156,8 @@ def facts(planned: Plan) -> dict[str, Any]:
 def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Every target in turn: the result's sections, and the lines of ``predictions.jsonl``."""
     from sam.engine import Engine
-    from sam.tasks.train import device_of
 
+    forget_peak_memory()
     with console().status("Loading libraries"):
         import lightning as L
 
@@ -161,7 +165,7 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         from sam.tasks import ahead
 
     store = AnswerStore(cache_dir() / "answers.sqlite" if config["answers"] == "reuse" else None)
-    engine = Engine(planned.base, planned.pool, planned.decode, store, device_of(config["trainer"]))
+    engine = Engine(planned.base, planned.pool, planned.decode, store, device_of(config["trainer"]["accelerator"]))
     encoder = Encoder(planned.encoder)
     trainer = L.Trainer(
         accelerator=config["trainer"]["accelerator"],
@@ -195,11 +199,13 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
                     ahead.sample(
                         engine, planned.targets, planned.names, config["sample_size"], config["seed"], progress
                     )
-            for module in modules.values():
-                module.setup("predict")
+            with ahead.uncounted(engine):
+                for module in modules.values():
+                    module.setup("predict")
             seconds = ahead.answer(engine, modules, progress)
-        for module in modules.values():
-            trainer.predict(module, return_predictions=False)
+        with ahead.uncounted(engine):
+            for module in modules.values():
+                trainer.predict(module, return_predictions=False)
         targets = {name: report(module, seconds[name]) for name, module in modules.items()}
         rows = [row for module in modules.values() for row in prediction_rows(module)]
     finally:
@@ -262,13 +268,12 @@ def _found(prediction: Prediction) -> dict[str, Any]:
 def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
     """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
     found = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "targets": targets,
         "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
         "answers": dict(engine.counts),
         "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
-        "peak_memory_mb": round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)),
+        "peak_memory_mb": peak_memory_mb(),
     }
 
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sam.base import Base, BaseSpec, load
+from sam.base import Base, BaseSpec, device_of, load
 from sam.console import print_table
 from sam.decoding import DecodeSpec
 from sam.encoder import Encoder, EncoderSpec
@@ -27,7 +27,7 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     for dataset in (d for part in domain["domains"] for d in part):
         if "train" not in corpora.spec(dataset).splits:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
-    base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]))
+    base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"]))
     with tracked(config, folder, group, name=f"train {domain['name']}") as run:
         logger: Any = False
         if run is not None:
@@ -54,8 +54,3 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     rows = [[d, f"{100 * s['f1']:.1f}", str(s["n"])] for d, s in card.scores["datasets"].items()]
     print_table(f"{out}: held-out F1 (mean {100 * f1:.1f})", ["dataset", "F1", "n"], rows)
     return f1
-
-
-def device_of(trainer: dict[str, Any]) -> str:
-    """The device that a Lightning ``accelerator`` stands for."""
-    return {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}.get(str(trainer["accelerator"]), "auto")
