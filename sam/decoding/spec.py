@@ -14,7 +14,7 @@ class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect)."""
 
     max_new_tokens: int = 160
-    batch_size: int = 256
+    batch_size: int = 64
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
