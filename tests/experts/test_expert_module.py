@@ -45,10 +45,15 @@ def test_loss_is_that_of_the_whole_models_logits_on_answer_tokens(module: Expert
 
 def test_gradients_are_those_of_the_whole_models_loss(module: ExpertModule) -> None:
     trained = [p for p in module.net.parameters() if p.requires_grad]
-    found = torch.autograd.grad(module.loss(BATCH), trained)
-    expected = torch.autograd.grad(module.net(**BATCH).loss, trained)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several threads add up in another order, beyond this bound
+    try:
+        found = torch.autograd.grad(module.loss(BATCH), trained)
+        expected = torch.autograd.grad(module.net(**BATCH).loss, trained)
+    finally:
+        torch.set_num_threads(threads)
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and a.abs().sum() > 0
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7) and a.abs().sum() > 0
 
 
 def test_padding_changes_no_loss(module: ExpertModule) -> None:
