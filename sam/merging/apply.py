@@ -1,7 +1,8 @@
 """Adding a merge to a model in place and undoing it exactly.
 
 The originals of the touched weights are copied first and copied back afterwards: adding and subtracting would drift
-in bf16. The touched weights therefore need their memory twice, on the model's device, while a merge is applied.
+in bf16. The touched weights therefore need their memory twice, on the model's device, from the first merge that is
+applied; the copies' memory is used again by the next.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class MergedWeights:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._originals: dict[str, tuple[Tensor, Tensor]] = {}  # module name -> (the weight, a copy of it)
+        self._memory: dict[str, Tensor] = {}  # module name -> the copy of the last merge, of whatever values
         self._holds = False
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
@@ -70,10 +72,17 @@ class MergedWeights:
         weight = _weight(self.model, name)
         _check_fit(name, weight, delta, self._originals, shared)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            original = weight.detach().clone()
+            original = self._copy(name, weight)
             self._originals[name] = (weight, original)
             exact = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(original.to(exact) + delta.to(device=weight.device, dtype=exact))
+            torch.add(original, delta.to(device=weight.device, dtype=exact), out=weight)
+
+    def _copy(self, name: str, weight: Tensor) -> Tensor:
+        """A copy of the weight as it is now."""
+        memory = self._memory.get(name)
+        if memory is None or _kind(memory) != _kind(weight):
+            memory = self._memory[name] = torch.empty_like(weight)
+        return memory.copy_(weight)
 
     def _restore(self) -> None:
         for weight, original in self._originals.values():
@@ -103,6 +112,10 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise SamError(f"module {name!r} has no floating-point weight; load the base model without quantisation")
     return weight
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
 
 
 def _check_fit(

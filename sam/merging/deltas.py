@@ -62,10 +62,13 @@ class Factors:
         out, into = self.b.shape[0], self.a.shape[1]
         return (into, out) if self.transposed else (out, into)
 
-    def product(self) -> Tensor:
-        """ΔW, fp32, of the shape of the module's weight."""
-        delta = (self.b * self.scale) @ self.a
-        return delta.T.contiguous() if self.transposed else delta
+    def product(self, out: Tensor | None = None) -> Tensor:
+        """ΔW, fp32, of the shape of the module's weight; written into ``out`` if given, contiguous, of that shape."""
+        scaled = self.b * self.scale
+        if not self.transposed:
+            return torch.mm(scaled, self.a, out=out)
+        delta = (scaled @ self.a).T
+        return delta.contiguous() if out is None else out.copy_(delta)
 
 
 class AdapterDeltas:
@@ -104,9 +107,12 @@ class AdapterDeltas:
             raise SamError(f"adapter {self.folder} has no delta for module {module!r}; it has {_some(self.modules())}")
         return self._factors[module]
 
-    def delta(self, module: str) -> Tensor:
-        """ΔW = scale · B A of ``module``, fp32 [out, in] ([in, out] with ``fan_in_fan_out``), as PEFT computes it."""
-        return self.factors(module).product()
+    def delta(self, module: str, out: Tensor | None = None) -> Tensor:
+        """ΔW = scale · B A of ``module``, fp32 [out, in] ([in, out] with ``fan_in_fan_out``), as PEFT computes it.
+
+        Written into ``out`` if given: a contiguous fp32 tensor of that shape.
+        """
+        return self.factors(module).product(out)
 
     def __getitem__(self, module: str) -> Tensor:
         return self.delta(module)

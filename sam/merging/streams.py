@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sam.errors import SamError
 from sam.merging.checks import check_choice, check_density, check_lam, check_seed, raw_weights, relative_weights
-from sam.merging.trim import BLOCK, Trimmer, find_cut
+from sam.merging.trim import BLOCK, Trimmer, find_cut, work_memory
 
 TRIM_SCOPES = ("tensor", "global")
 SIGNS = ("sum", "count")
@@ -41,6 +42,33 @@ class DeltaSet(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
+@runtime_checkable
+class ComputedSet(Protocol):
+    """A delta set that computes its deltas, fp32, and can write them into memory that is given."""
+
+    def shape(self, module: str, /) -> tuple[int, ...]: ...
+
+    def delta(self, module: str, out: Tensor | None, /) -> Tensor: ...
+
+
+class Scratch:
+    """Memory that deltas are computed into, one place an expert, used again for every module.
+
+    Fresh memory would cost more than the arithmetic: the system clears it, page by page, at the first touch.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def place(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        """An fp32 tensor of ``shape`` with arbitrary values; it takes the memory of the last one of that index."""
+        entries = math.prod(shape)
+        if index not in self._held or self._held[index].numel() < entries:
+            self._held.pop(index, None)
+            self._held[index] = torch.empty(entries)
+        return self._held[index][:entries].view(shape)
+
+
 def ties_stream(
     sets: Sequence[DeltaSet],
     *,
@@ -55,7 +83,9 @@ def ties_stream(
     check_density(density)
     check_choice(trim_scope, TRIM_SCOPES, "trim_scope")
     vote_weights = _check_vote(len(sets), lam, sign, aggregate, weights)
-    return _vote_stream(sets, lambda: _trimming(sets, density, trim_scope), vote_weights, lam, sign, aggregate)
+    return _vote_stream(
+        sets, lambda scratch: _trimming(sets, density, trim_scope, scratch), vote_weights, lam, sign, aggregate
+    )
 
 
 def dare_ties_stream(
@@ -72,7 +102,7 @@ def dare_ties_stream(
     """DARE, then the vote of TIES; see :func:`sam.merging.functions.dare_ties`. ``density`` is 1 - drop."""
     change = _dropping(len(sets), density, seed, names)
     vote_weights = _check_vote(len(sets), lam, sign, aggregate, weights)
-    return _vote_stream(sets, lambda: change, vote_weights, lam, sign, aggregate)
+    return _vote_stream(sets, lambda _scratch: change, vote_weights, lam, sign, aggregate)
 
 
 def dare_stream(
@@ -125,13 +155,14 @@ def _unchanged(_index: int, _module: str, delta: Tensor) -> Iterable[Tensor]:
     return _blocks(delta)
 
 
-def _trimming(sets: Sequence[DeltaSet], density: float, scope: str) -> Change:
+def _trimming(sets: Sequence[DeltaSet], density: float, scope: str, scratch: Scratch) -> Change:
     """Trim each module by itself, or (global) all of an expert's modules at one threshold, found here first."""
     if density == 1:
         return _unchanged
+    work = work_memory()
     if scope == "tensor":
-        return lambda _index, _module, delta: map(Trimmer(find_cut(lambda: [delta], density)), _blocks(delta))
-    trimmers = [Trimmer(find_cut(partial(_all_deltas, one), density)) for one in sets]
+        return lambda _index, _module, delta: map(Trimmer(find_cut(lambda: [delta], density, work)), _blocks(delta))
+    trimmers = [Trimmer(find_cut(partial(_all_deltas, one, scratch), density, work)) for one in sets]
     return lambda index, _module, delta: map(trimmers[index], _blocks(delta))
 
 
@@ -155,13 +186,16 @@ def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None
 
 
 def _sum_stream(sets: Sequence[DeltaSet], change: Change, weights: list[float], divisor: float, lam: float) -> Merged:
+    scratch = Scratch()
     for module in _module_names(sets):
-        yield module, _scaled(_sum_module(sets, module, change, weights).div_(divisor), lam)
+        yield module, _scaled(_sum_module(sets, module, change, weights, scratch).div_(divisor), lam)
 
 
-def _sum_module(sets: Sequence[DeltaSet], module: str, change: Change, weights: list[float]) -> Tensor:
+def _sum_module(
+    sets: Sequence[DeltaSet], module: str, change: Change, weights: list[float], scratch: Scratch
+) -> Tensor:
     merged = torch.empty(0)
-    for number, (index, delta) in enumerate(_present(sets, module)):
+    for number, (index, delta) in enumerate(_present(sets, module, scratch, one_at_a_time=True)):
         merged = merged if number else _empty_like(delta).zero_()
         for out, part in zip(_blocks(merged), change(index, module, delta), strict=True):
             out.add_(part, alpha=weights[index])
@@ -170,41 +204,43 @@ def _sum_module(sets: Sequence[DeltaSet], module: str, change: Change, weights: 
 
 def _vote_stream(
     sets: Sequence[DeltaSet],
-    prepare: Callable[[], Change],
+    prepare: Callable[[Scratch], Change],
     weights: list[float],
     lam: float,
     sign: str,
     aggregate: str,
 ) -> Merged:
-    change = prepare()  # here, not at the call: a global trim reads every delta
+    scratch = Scratch()
+    change = prepare(scratch)  # here, not at the call: a global trim reads every delta
     for module in _module_names(sets):
-        yield module, _scaled(_vote_module(sets, module, change, weights, sign, aggregate), lam)
+        present = list(_present(sets, module, scratch))
+        yield module, _scaled(_vote_module(present, module, change, weights, sign, aggregate), lam)
 
 
 def _vote_module(
-    sets: Sequence[DeltaSet], module: str, change: Change, weights: list[float], sign: str, aggregate: str
+    present: list[tuple[int, Tensor]], module: str, change: Change, weights: list[float], sign: str, aggregate: str
 ) -> Tensor:
-    present = list(_present(sets, module))
     merged = _empty_like(present[0][1])
     changed = [change(index, module, delta) for index, delta in present]
     part_weights = [weights[index] for index, _ in present]
     for out, *parts in zip(_blocks(merged), *changed, strict=True):
-        out.copy_(_vote(parts, part_weights, sign, aggregate))
+        _vote(out, parts, part_weights, sign, aggregate)
     return merged
 
 
-def _vote(parts: list[Tensor], weights: list[float], sign: str, aggregate: str) -> Tensor:
-    """Elect a sign an entry and aggregate the parts that agree with it."""
+def _vote(out: Tensor, parts: list[Tensor], weights: list[float], sign: str, aggregate: str) -> None:
+    """Elect a sign an entry and aggregate the parts that agree with it, into ``out``."""
     elected = _elected_sign(parts, weights, sign)
-    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
+    out.zero_()
+    mass, agreeing = torch.zeros_like(elected), torch.empty_like(elected)
     for part, weight in zip(parts, weights, strict=True):
-        agreeing = (part * elected).clamp_(min=0)  # the magnitude where the sign agrees, else 0
-        total.add_(agreeing, alpha=weight)
+        torch.mul(part, elected, out=agreeing).clamp_(min=0)  # the magnitude where the sign agrees, else 0
+        out.add_(agreeing, alpha=weight)
         if aggregate == "mean":
             mass.add_(agreeing.sign_(), alpha=weight)
     if aggregate == "mean":
-        total.div_(mass.clamp_(min=_TINY))  # where none agrees the total is 0 and stays 0
-    return total.mul_(elected)
+        out.div_(mass.clamp_(min=_TINY))  # where none agrees the total is 0 and stays 0
+    out.mul_(elected)
 
 
 def _elected_sign(parts: list[Tensor], weights: list[float], sign: str) -> Tensor:
@@ -239,21 +275,28 @@ def _module_names(sets: Sequence[DeltaSet]) -> list[str]:
     return sorted({module for one in sets for module in one})
 
 
-def _read(one: DeltaSet, module: str) -> Tensor:
+def _read(one: DeltaSet, module: str, scratch: Scratch, place: int) -> Tensor:
+    if isinstance(one, ComputedSet):
+        return one.delta(module, scratch.place(place, one.shape(module)))
     return one[module].detach().to(torch.float32)
 
 
-def _all_deltas(one: DeltaSet) -> Iterator[Tensor]:
-    return (_read(one, module) for module in sorted(one))
+def _all_deltas(one: DeltaSet, scratch: Scratch) -> Iterator[Tensor]:
+    return (_read(one, module, scratch, 0) for module in sorted(one))
 
 
-def _present(sets: Sequence[DeltaSet], module: str) -> Iterator[tuple[int, Tensor]]:
-    """(expert's index, fp32 delta) of the experts that have ``module``; SamError if their shapes differ."""
+def _present(
+    sets: Sequence[DeltaSet], module: str, scratch: Scratch, *, one_at_a_time: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(expert's index, fp32 delta) of the experts that have ``module``; SamError if their shapes differ.
+
+    With ``one_at_a_time`` a delta may be overwritten when the next is asked for, else when the next module is.
+    """
     shape: tuple[int, ...] | None = None
     for index, one in enumerate(sets):
         if module not in one:
             continue
-        delta = _read(one, module)
+        delta = _read(one, module, scratch, 0 if one_at_a_time else index)
         if shape is not None and tuple(delta.shape) != shape:
             of = f" of module {module}" if module else ""
             raise SamError(

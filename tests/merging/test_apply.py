@@ -62,6 +62,24 @@ def test_many_merges_leave_no_trace_in_bf16(
     assert same(model, before)
 
 
+def test_the_memory_of_copies_is_used_again_but_not_their_values(model: LlamaForCausalLM) -> None:
+    merge, weight = MergedWeights(model), model.get_submodule(UP).weight
+    with merge:
+        merge.apply(some_deltas())
+    with torch.no_grad():
+        weight.mul_(2)  # trained on, say, between two merges
+    before = weights(model)
+    with merge:
+        merge.apply(some_deltas())
+    assert same(model, before)
+    model.to(torch.bfloat16)  # type: ignore[call-arg]
+    before = weights(model)
+    with merge:
+        merge.apply(some_deltas())
+        assert not same(model, before)
+    assert same(model, before)
+
+
 def test_weights_stay_the_same_parameters(model: LlamaForCausalLM) -> None:
     parameter = model.get_submodule(Q).weight
     with merged(model, some_deltas()):

@@ -50,6 +50,8 @@ def test_deltas_equal_peft(
         assert adapter.shape(module) == tuple(theirs.shape)
         torch.testing.assert_close(adapter.delta(module), theirs, rtol=1e-6, atol=1e-7)
         assert torch.equal(adapter[module], adapter.delta(module))
+        out = torch.empty(adapter.shape(module))
+        assert adapter.delta(module, out) is out and torch.equal(out, adapter.delta(module))
 
 
 def test_module_names_are_those_of_the_base_model(make_adapter: Callable[..., AdapterDeltas], base: nn.Module) -> None:
@@ -79,6 +81,7 @@ def test_fan_in_fan_out_is_transposed(tmp_path: Path) -> None:
     layer: Any = peft_model.get_base_model().get_submodule("0.0")
     assert adapter.shape("0.0") == tuple(layer.weight.shape) == (10, 6)
     torch.testing.assert_close(adapter.delta("0.0"), layer.get_delta_weight("default").detach())
+    assert torch.equal(adapter.delta("0.0", torch.empty(10, 6)), adapter.delta("0.0"))
 
 
 def test_hash_follows_the_content(make_peft: Callable[..., Any], tmp_path: Path) -> None:

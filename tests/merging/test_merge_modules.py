@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
@@ -156,24 +155,34 @@ def test_global_trim_keeps_the_exact_share_of_each_expert(make_adapter: Callable
     assert of_other == round(0.1 * 2 * 32 * 64)
 
 
-def test_deltas_are_held_one_module_at_a_time(three: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters, names = three
-    alive: list[weakref.ref[Any]] = []
+def test_deltas_of_one_module_are_held_at_a_time(
+    make_adapter: Callable[..., AdapterDeltas], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All deltas of a merge are computed into the same places: one an expert, a single one for sums."""
+    names = ["a", "b", "c"]
+    adapters = [make_adapter(name, seed) for seed, name in enumerate(names)]
+    places: set[int] = set()
     real = AdapterDeltas.delta
 
-    def watched(self: AdapterDeltas, module: str) -> Tensor:
-        assert sum(ref() is not None for ref in alive) < len(adapters)
-        values = real(self, module).numpy().copy()  # lives as long as any tensor on its memory, unlike a tensor
-        alive.append(weakref.ref(values))
-        return torch.from_numpy(values)
+    def watched(self: AdapterDeltas, module: str, out: Tensor | None = None) -> Tensor:
+        assert out is not None
+        places.add(out.untyped_storage().data_ptr())
+        return real(self, module, out)
 
     monkeypatch.setattr(AdapterDeltas, "delta", watched)
-    monkeypatch.setattr(AdapterDeltas, "__getitem__", watched)
     for spec in SPECS.values():
-        alive.clear()
+        places.clear()
         for _module, _delta in merge_modules(adapters, names, spec):
             pass
-        assert alive
+        assert len(places) == (3 if spec.name in ("ties", "dare_ties") else 1)
+
+
+def test_merged_deltas_share_no_memory(three: Experts) -> None:
+    for spec in SPECS.values():
+        kept = list(merge_modules(*three, spec))
+        assert len({delta.untyped_storage().data_ptr() for _, delta in kept}) == len(kept)
+        for (_, delta), (_, again) in zip(kept, merge_modules(*three, spec), strict=True):
+            assert torch.equal(delta, again)
 
 
 def test_mistakes_are_raised_at_the_call(three: Experts, make_adapter: Callable[..., AdapterDeltas]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sam.merging.trim import Cut, Trimmer, find_cut, kept_count
+from sam.merging.trim import Cut, Trimmer, find_cut, kept_count, work_memory
 
 
 def trim_all(tensors: list[Tensor], density: float) -> Tensor:
@@ -72,3 +72,20 @@ def test_mostly_zeros(density: float) -> None:
     tensor = torch.zeros(1000)
     tensor[::10] = torch.arange(1, 101).float()
     assert int((trim_all([tensor], density) != 0).sum()) == min(100, round(1000 * density))
+
+
+def test_cut_lies_below_the_smallest_kept_where_all_equals_are_kept() -> None:
+    values = torch.tensor([3.0, -2.0, 2.0, 1.0, 0.5])
+    below = float(torch.nextafter(torch.tensor(2.0), torch.tensor(0.0)))
+    assert find_cut(lambda: [values], 0.6) == Cut(below, 0)
+    assert find_cut(lambda: [values], 0.4) == Cut(2.0, 1)  # one of the two has to go
+    assert trim_all([values], 0.4).tolist() == [3, -2, 0, 0, 0]
+
+
+def test_tensors_may_be_overwritten_and_work_memory_used_again() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(n, generator=generator) for n in (1000, 300_000, 1)]
+    expected = find_cut(lambda: tensors, 0.3)
+    buffer, work = torch.empty(300_000), work_memory()
+    for _ in range(2):
+        assert find_cut(lambda: (buffer[: len(t)].copy_(t) for t in tensors), 0.3, work) == expected
