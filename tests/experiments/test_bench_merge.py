@@ -1,0 +1,38 @@
+"""The merge benchmark's arithmetic on tiny experts; no timings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.bench.harness import PEAK, Case, Report
+from experiments.bench.merge import NAMES, Workload, _shares, differences, least_bytes
+from sam.merging import AdapterDeltas, Factors
+
+
+@pytest.fixture
+def load() -> Workload:
+    """Six random experts on two modules of 100 and 50 entries."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(out: int) -> Factors:
+        return Factors(torch.randn(2, 10, generator=generator), torch.randn(out, 2, generator=generator), 1.0, False)
+
+    experts = [AdapterDeltas(Path(name), {"a": factors(10), "b": factors(5)}) for name in NAMES]
+    return Workload("tiny", experts, 1)
+
+
+def test_bytes_and_memory_units(load: Workload) -> None:
+    assert load.entries == [100, 50]
+    assert load.k_deltas_mb * 2**20 == 6 * 100 * 4
+    assert least_bytes(load) == 150 * 4 * 13
+    rounds = {"SaM": [{"seconds": 2.0, PEAK: 3 * load.k_deltas_mb}]}
+    report = Report((Case("tiny: ties", "seconds", False, rounds, "SaM"),), machine={"slug": "none"})
+    notes = _shares(load, report, bandwidth=150 * 4 * 13.0)
+    assert list(notes.values()) == ["50%", "3.00"]
+
+
+def test_ties_is_that_of_peft(load: Workload) -> None:
+    assert differences(load).startswith("0 of 150 entries differ")
