@@ -2,8 +2,8 @@
 
 Workloads: the shipped experts on all modules of SmolLM2-135M, and three modules of a decoder layer of Qwen2.5-7B with
 random rank-16 adapters, the largest among them; a note scales our time to the whole model by entries. Both sides
-stream: a module's merged delta is dropped before the next module. PEFT has no global trim, so that ours runs alone. On the
-first layers of SmolLM2-135M our TIES with the tensor trim is compared with PEFT's, entry by entry.
+stream: a module's merged delta is dropped before the next module. PEFT has no global trim, so that ours runs alone.
+On the first layers of SmolLM2-135M our TIES with the tensor trim is compared with PEFT's, entry by entry.
 
 PEFT's ``ties_svd`` (``add_weighted_adapter``) is timed once on a few modules: it adds a full SVD of each merged ΔW.
 The memory bandwidth is that of a large copy, reads and writes counted, in the same run.
@@ -107,8 +107,8 @@ def peft_merges(count: int) -> dict[str, PeftMerge]:
 def differences(load: Workload) -> str:
     """How far our TIES (tensor trim) is from PEFT's, entry by entry.
 
-    They may differ where the definitions do: PEFT keeps ``int(density * n)`` entries and we round, and it reads a tied
-    sum as +. Weights of 1 on both sides.
+    They may differ where the definitions do: PEFT keeps ``int(density * n)`` entries and we round, it reads a tied
+    sum as +, and of entries equal to the threshold, where not all fit, it keeps any and we the first. Weights of 1.
     """
     merge, differing, total, largest = peft_merges(len(load.adapters))["ties"], 0, 0, 0.0
     for module, ours in islice(_merged(load, SPECS["ties, tensor trim"]), COMPARED):
