@@ -243,6 +243,12 @@ def device_of(accelerator: str) -> str:
     return known[accelerator]
 
 
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bf16 numbers itself (elsewhere bf16 is slower than fp32)."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16"))
+
+
 def load(spec: BaseSpec, device: str = "auto") -> Base:
     """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
 

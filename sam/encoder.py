@@ -38,6 +38,7 @@ class Encoder:
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
         self._model: Any = None
+        self._centroids: dict[tuple[tuple[str, ...], int, int], list[float]] = {}
 
     def _path(self) -> str:
         spec = self.spec
@@ -83,12 +84,15 @@ class Encoder:
         """
         if not texts:
             raise SamError("a domain centroid needs at least one sentence; the target has none")
-        chosen = list(texts)
-        if len(chosen) > limit:
-            chosen = random.Random(seed).sample(chosen, limit)
-        mean = self.embed(chosen).astype("float64").mean(axis=0)
-        norm = float((mean**2).sum() ** 0.5)
-        return [float(x) for x in mean / norm]
+        key = (tuple(texts), limit, seed)
+        if key not in self._centroids:
+            chosen = list(texts)
+            if len(chosen) > limit:
+                chosen = random.Random(seed).sample(chosen, limit)
+            mean = self.embed(chosen).astype("float64").mean(axis=0)
+            norm = float((mean**2).sum() ** 0.5)
+            self._centroids[key] = [float(x) for x in mean / norm]
+        return list(self._centroids[key])
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:

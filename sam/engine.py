@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,10 +12,15 @@ from typing import Any
 from sam import prompts
 from sam.base import Base, BaseSpec, device_of, fingerprint, folder, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
-from sam.decoding.greedy import decode_prompts
+from sam.decoding.drafts import Drafter
+from sam.decoding.greedy import stream
+from sam.decoding.packed import PackedWeights
 from sam.experts.card import Pool
-from sam.merging import AdapterDeltas, MergedWeights, MergeSpec, merge_modules, model_key
+from sam.merging import AdapterDeltas, MergeSpec, merge_modules, model_key
 from sam.ner import Prediction
+
+KEEP_EVERY = 32
+"""Answers that are put into the store at a time."""
 
 SINGLE = MergeSpec("linear")
 """The merge of a single expert: it gives that expert untouched, as every merge of one does."""
@@ -36,8 +41,16 @@ class Engine:
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self._adapters: dict[str, AdapterDeltas] = {}
-        self._weights: MergedWeights | None = None
+        self._weights: PackedWeights | None = None
         self._applied: str | None = None
+        self._drafter = Drafter()
+        self._latest: dict[str, str] = {}  # prompt -> the last answer to it, of whatever model
+
+    def begin(self, store: AnswerStore | None) -> None:
+        """Serve another job: its own store, seconds and counts."""
+        self.store = store
+        self.seconds.clear()
+        self.counts.clear()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,33 +109,57 @@ class Engine:
         key, canonical = self.key(experts, merge), self._decoding()
         names = [AnswerStore.key(key, prompts.render(types, text), canonical) for types, text in asked]
         kept = self.store.get(names) if self.store else {}
-        missing = list({name: i for i, name in enumerate(names) if name not in kept}.values())
+        missing = {name: one for name, one in zip(names, asked, strict=True) if name not in kept}
         self.counts["reused"] += len(asked) - len(missing)
         if progress:
             progress(len(asked) - len(missing))
-        # Longest first over all that is missing, then kept a batch at a time: a killed run loses little.
-        missing.sort(key=lambda i: (-len(asked[i][1]), i))
-        size = self.decoding.batch_size
-        for start in range(0, len(missing), size):
-            part = missing[start : start + size]
-            parts = [(prompts.prefix(asked[i][0]), prompts.suffix(asked[i][1])) for i in part]
-            try:
-                self._apply(key, experts, merge)
-                with self.timed("decode"):
-                    answers = decode_prompts(self.base, parts, self.decoding, progress)
-            except BaseException:
-                # Whatever stops a run, the base model is handed back as it was.
-                self.reset()
-                raise
-            fresh = {names[i]: (a.text, a.truncated) for i, a in zip(part, answers, strict=True)}
-            kept.update(fresh)
-            self.counts["decoded"] += len(part)
-            if self.store:
-                self.store.put(fresh)
+        if missing:
+            kept.update(self._answer(key, experts, merge, missing, progress))
+        for name, (types, text) in zip(names, asked, strict=True):
+            self._latest[prompts.render(types, text)] = kept[name][0]
         return [
             prompts.predict(text, kept[name][0], types, kept[name][1])
             for (types, text), name in zip(asked, names, strict=True)
         ]
+
+    def _answer(
+        self,
+        key: str,
+        experts: Sequence[str],
+        merge: MergeSpec,
+        asked: Mapping[str, tuple[tuple[str, ...], str]],
+        progress: Callable[[int], None] | None,
+    ) -> dict[str, tuple[str, bool]]:
+        """Decode what is ``asked`` (name to types and text), keeping answers as they come: a killed run loses few."""
+        answers: dict[str, tuple[str, bool]] = {}
+        unkept: dict[str, tuple[str, bool]] = {}
+        names = list(asked)
+        parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in asked.values()]
+        # Another model's answer to the same prompt is a guess at this one's.
+        earlier = [self._latest.get(prefix + suffix, "") for prefix, suffix in parts]
+        try:
+            self._apply(key, experts, merge)
+            with self.timed("decode"):
+                for index, answer in stream(self.base, parts, self.decoding, self._drafter, earlier):
+                    answers[names[index]] = unkept[names[index]] = (answer.text, answer.truncated)
+                    if len(unkept) >= KEEP_EVERY:
+                        self._keep(unkept)
+                    if progress:
+                        progress(1)
+        except BaseException:
+            # Whatever stops a run, the base model is handed back as it was.
+            self.reset()
+            raise
+        finally:
+            self._keep(unkept)
+        return answers
+
+    def _keep(self, answers: dict[str, tuple[str, bool]]) -> None:
+        """Put ``answers`` into the store, and forget them here."""
+        self.counts["decoded"] += len(answers)
+        if self.store and answers:
+            self.store.put(answers)
+        answers.clear()
 
     def _decoding(self) -> dict[str, Any]:
         canonical = self.decoding.canonical(self.spec.dtype, self.device)
@@ -133,7 +170,7 @@ class Engine:
             return
         self.reset()
         if self._weights is None:
-            self._weights = MergedWeights(self.base.model)
+            self._weights = PackedWeights(self.base.model, self.decoding.mode)
         with self.timed("merge"):
             adapters = [self.adapter(e) for e in experts]
             self._weights.apply(merge_modules(adapters, list(experts), merge))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, Mis
 
 from sam import prompts
 from sam.base import Base
-from sam.decoding import DecodeSpec, greedy
-from sam.decoding.greedy import Answer, decode, decode_prompts
+from sam.decoding import DecodeSpec, ragged
+from sam.decoding.drafts import Drafter, Memory
+from sam.decoding.greedy import Answer, decode, decode_prompts, stream
+from sam.decoding.ragged import rounded
 from sam.errors import SamError
 
 TYPES = ["person", "location"]
@@ -125,22 +129,109 @@ def test_nothing_to_decode_asks_nothing(tiny: Base) -> None:
     assert decode(dataclasses.replace(tiny, model=None), TYPES, [], DecodeSpec()) == []
 
 
-def test_rows_leave_the_batch_when_they_end_and_progress_counts_them(stopping: Base) -> None:
+class Silent(Drafter):
+    """Guesses nothing."""
+
+    def guess(self, memory: Memory, room: int, least: float) -> list[int]:
+        return []
+
+
+class Fixed(Drafter):
+    """Guesses what ``known`` says follows the answer so far, whatever the chance."""
+
+    def __init__(self, known: Callable[[list[int]], list[int]]) -> None:
+        super().__init__()
+        self.known = known
+
+    def guess(self, memory: Memory, room: int, least: float) -> list[int]:
+        memory.sources = []
+        return self.known(memory.context)[:room]
+
+
+def passes(base: Base) -> AbstractContextManager[list[int]]:
+    """The numbers of tokens of each forward pass inside."""
+
+    @contextmanager
+    def watch() -> Iterator[list[int]]:
+        found: list[int] = []
+        hook = base.model.register_forward_pre_hook(
+            lambda module, args, kwargs: found.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    return watch()
+
+
+def streamed(base: Base, spec: DecodeSpec, drafter: Drafter, texts: Sequence[str] = TEXTS) -> list[Answer]:
+    parts = [(prompts.prefix(TYPES), prompts.suffix(text)) for text in texts]
+    found = dict(stream(base, parts, spec, drafter))
+    return [found[i] for i in range(len(texts))]
+
+
+def test_rows_leave_when_they_end_and_others_take_their_place(stopping: Base) -> None:
+    with passes(stopping) as tokens:
+        answers = streamed(stopping, DecodeSpec(30, 4), Silent())
+    left = [n + (not a.truncated) for n, a in zip(lengths(answers), answers, strict=True)]
+    # Longest prompt first; a row that has ended makes room for the next one at once.
+    suffixes = [len(stopping.tokenizer(prompts.suffix(t), add_special_tokens=False).input_ids) for t in TEXTS]
+    waiting = sorted(range(len(TEXTS)), key=lambda i: (-suffixes[i], i))
     rows: list[int] = []
+    expected: list[int] = []
+    while waiting or rows:
+        count = len(rows)
+        while waiting and len(rows) < 4:
+            rows.append(waiting.pop(0))
+            count += suffixes[rows[-1]]
+        expected.append(rounded(count))
+        for i in rows:
+            left[i] -= 1
+        rows = [i for i in rows if left[i]]
+    assert tokens[1:] == expected  # the first is the prefix
+    assert len(expected) > 3
+
+
+def test_progress_counts_answers(stopping: Base) -> None:
     done: list[int] = []
-    hook = stopping.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    try:
-        answers = decode(stopping, TYPES, TEXTS, DecodeSpec(30, 10), done.append)
-    finally:
-        hook.remove()
-    steps = [n + (not a.truncated) for n, a in zip(lengths(answers), answers, strict=True)]
-    assert rows[0] == 1  # the prefix
-    assert rows[1:] == [sum(s > step for s in steps) for step in range(max(steps))]
-    assert done == [10]
     decode(stopping, TYPES, TEXTS, DecodeSpec(2, 4), done.append)
-    assert done == [10, 4, 4, 2]
+    assert done == [1] * len(TEXTS)
+
+
+def test_guesses_change_no_answer_and_right_ones_save_passes(stopping: Base) -> None:
+    spec = DecodeSpec(30, 10)
+    with passes(stopping) as without:
+        expected = streamed(stopping, spec, Silent())
+    known: dict[tuple[int, ...], list[int]] = {}
+    for text, answer in zip(TEXTS, expected, strict=True):
+        prompt = stopping.tokenizer(prompts.suffix(text), add_special_tokens=False).input_ids
+        known[tuple(prompt)] = list(map(int, answer.text.split()))
+
+    def right(context: list[int]) -> list[int]:
+        start = next(n for n in range(len(context), -1, -1) if tuple(context[:n]) in known)
+        return known[tuple(context[:start])][len(context) - start :][:7]
+
+    draw = random.Random(0)
+    with passes(stopping) as few:
+        assert streamed(stopping, spec, Fixed(right)) == expected
+    assert len(few) < len(without) / 4
+    assert streamed(stopping, spec, Fixed(lambda context: [draw.randrange(300) for _ in range(5)])) == expected
+    half = Fixed(lambda context: [*right(context)[:2], draw.randrange(300), *right(context)[3:]])
+    assert streamed(stopping, spec, half) == expected
+    assert streamed(stopping, spec, Drafter()) == expected
+
+
+def test_earlier_answers_are_guesses(stopping: Base, tiny: Base) -> None:
+    parts = [(prompts.prefix(TYPES), prompts.suffix(text)) for text in TEXTS]
+    spec = DecodeSpec(30, 10)
+    plain = dict(stream(tiny, parts, spec))
+    with passes(tiny) as before:
+        assert dict(stream(tiny, parts, spec, Drafter())) == plain
+    with passes(tiny) as after:
+        assert dict(stream(tiny, parts, spec, Drafter(), [plain[i].text for i in range(len(parts))])) == plain
+    assert len(after) < len(before)
+    assert dict(stream(tiny, parts, spec, Drafter(), ["nonsense"] * len(parts))) == plain
 
 
 def sliding_models(vocab: int) -> dict[str, Any]:
@@ -175,36 +266,25 @@ def test_sliding_window_answers_are_those_of_generate(sliding: Base, size: int) 
     assert decode(sliding, TYPES, texts, DecodeSpec(20, size)) == [oracle(sliding, t, 20) for t in texts]
 
 
-def test_sliding_window_would_not_bear_padding(sliding: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greedy, "_bears_padding", lambda cache, most: True)
-    assert decode(sliding, TYPES, TEXTS, DecodeSpec(20, 8)) != [oracle(sliding, t, 20) for t in TEXTS]
+def test_layers_of_other_kinds_are_refused(sliding: Base) -> None:
+    kinds = sliding.model.config.layer_types if hasattr(sliding.model.config, "layer_types") else None
+    sliding.model.config.layer_types = ["chunked_attention", "full_attention"]
+    try:
+        with pytest.raises(SamError, match="chunked_attention"):
+            decode(sliding, TYPES, TEXTS, DecodeSpec(4))
+    finally:
+        sliding.model.config.layer_types = kinds
 
 
-def test_sliding_window_that_is_never_full_is_padded(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sliding_models(len(tiny.tokenizer))["gemma3"]
-    model.config.sliding_window = 1024
-    for layer in model.model.layers:
-        if layer.self_attn.sliding_window:
-            layer.self_attn.sliding_window = 1024
-    base = numbers(tiny, model=model)
-    done: list[int] = []
-    answers = decode(base, TYPES, TEXTS, DecodeSpec(20, 10), done.append)
-    assert done == [10] and answers == [oracle(base, t, 20) for t in TEXTS]
-
-
-@pytest.mark.parametrize(
-    ("shapes", "padding", "expected"),
-    [
-        # (tokens of the suffix, number of the prefix), in the order of decoding
-        ([(9, 0), (7, 0), (7, 0), (7, 0), (2, 0)], True, [[0, 1], [2, 3], [4]]),
-        ([(9, 0), (7, 0), (7, 0), (7, 0), (2, 0)], False, [[0], [1, 2], [3], [4]]),
-        ([(5, 1), (5, 0), (5, 1), (5, 0)], True, [[0, 1], [2, 3]]),
-        ([(5, 1), (5, 0), (5, 1), (5, 0)], False, [[0, 2], [1, 3]]),
-    ],
-)
-def test_batches_by_hand(shapes: list[tuple[int, int]], padding: bool, expected: list[list[int]]) -> None:
-    rows = [greedy._Row(prefix, [0] * length) for length, prefix in shapes]
-    assert list(greedy._cut(range(len(rows)), rows, 2, padding)) == expected
+def test_attention_is_given_back(tiny: Base) -> None:
+    before = tiny.model.config._attn_implementation
+    ids = torch.tensor([[5, 6, 7]])
+    expected = tiny.model(ids).logits
+    steps = stream(tiny, [(prompts.prefix(TYPES), prompts.suffix(t)) for t in TEXTS], DecodeSpec(4, 2))
+    next(steps)
+    steps.close()
+    assert tiny.model.config._attn_implementation == before
+    assert torch.equal(tiny.model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 32])
@@ -223,10 +303,10 @@ def test_prompts_of_several_types_with_a_sliding_window(sliding: Base) -> None:
     assert answers == [oracle(sliding, text, 12, types) for types, text in rows]
 
 
-def test_answers_longer_than_a_caches_spare_room(tiny: Base) -> None:
-    limit = 2 * greedy._GrowingLayer.ROOM + 5
+def test_long_answers(tiny: Base) -> None:
+    limit = ragged.CHUNK + 5
     free = [oracle(numbers(tiny), text, limit).text.split() for text in TEXTS[:3]]
-    # A token that only the second row comes to, late: then its batch is cut down in the midst of a room.
+    # A token that only the second row comes to, late: then a row moves.
     late = next(t for n, t in enumerate(free[1]) if n > 80 and t not in free[0] + free[2] + free[1][:n])
     base = numbers(tiny, stop_ids=[int(late)])
     answers = decode(base, TYPES, TEXTS[:3], DecodeSpec(limit, 3))
@@ -243,10 +323,23 @@ def test_smollm2_answers_are_those_of_generate_at_every_batch_size(smollm: Base)
 
 
 def test_spec_from_config() -> None:
-    assert DecodeSpec.from_config({"max_new_tokens": 5, "batch_size": 2}) == DecodeSpec(5, 2)
+    assert DecodeSpec.from_config({"max_new_tokens": 5, "batch_size": 2, "mode": "exact"}) == DecodeSpec(5, 2, "exact")
+    with pytest.raises(SamError, match=r"decode.mode=slow is unknown; allowed: exact, fast"):
+        DecodeSpec.from_config({"mode": "slow"})
     for bad in ({"max_new_tokens": 0}, {"batch_size": -1}):
         with pytest.raises(SamError, match="must be at least 1"):
             DecodeSpec.from_config(bad)
+
+
+def test_canonical_decoding_tells_modes_apart_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, exact = DecodeSpec(5, 2, "fast"), DecodeSpec(5, 2, "exact")
+    monkeypatch.setattr("sam.base.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("sam.decoding.packed.packs", lambda: True)
+    assert fast.canonical("float32", "cpu") != exact.canonical("float32", "cpu")
+    for dtype, device in (("bfloat16", "cpu"), ("float32", "cuda")):
+        assert fast.canonical(dtype, device) == exact.canonical(dtype, device)
+    monkeypatch.setattr("sam.base.multiplies_bf16", lambda: False)
+    assert fast.canonical("float32", "cpu") == exact.canonical("float32", "cpu")
 
 
 def test_canonical_decoding_leaves_out_the_batch_size() -> None:

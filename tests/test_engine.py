@@ -14,7 +14,7 @@ import sam.engine
 from sam import prompts
 from sam.base import Base, BaseSpec
 from sam.decoding import AnswerStore, DecodeSpec
-from sam.decoding.greedy import decode, decode_prompts
+from sam.decoding.greedy import decode, stream
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
@@ -22,7 +22,7 @@ from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
 
 TYPES = ("person", "place")
 TEXTS = ["Ada went to Bath.", "Alan Turing worked at Bletchley Park near London", "rain", "A court in Strasbourg."]
-SPEC = DecodeSpec(max_new_tokens=8, batch_size=2)
+SPEC = DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact")
 TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
 DARE = MergeSpec("dare", density=0.5, seed=0)
 LINEAR = MergeSpec("linear")
@@ -103,15 +103,21 @@ def test_answers_differ_from_model_to_model(engine: MakeEngine) -> None:
     assert len(found) == 4
 
 
-def test_the_base_is_given_back_bit_for_bit(engine: MakeEngine) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_base_is_given_back_bit_for_bit(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    if not packed:
+        monkeypatch.setattr("sam.decoding.packed.packs", lambda: False)
     one = engine()
     before = weights(one)
+    layer = one.base.model.get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(3, layer.in_features)
+    plain = layer(x)
     one.predict(["news", "stem"], TIES, TYPES, TEXTS)
-    assert not same_bits(before, weights(one))
+    assert (layer(x) - plain).abs().max() > 1e-3
     one.predict(["news"], SINGLE, TYPES, TEXTS)
-    one.reset()
-    assert same_bits(before, weights(one))
-    one.reset()
+    for _ in range(2):
+        one.reset()
+        assert torch.equal(layer(x), plain)
     assert same_bits(before, weights(one))
 
 
@@ -124,7 +130,7 @@ def test_the_base_is_given_back_after_an_error(engine: MakeEngine, monkeypatch: 
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sam.engine, "decode_prompts", fails)
+        patch.setattr(sam.engine, "stream", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             one.predict(["news", "stem"], TIES, TYPES, TEXTS)
     assert same_bits(before, weights(one))
@@ -204,7 +210,7 @@ def test_only_missing_answers_are_decoded(engine: MakeEngine, store: AnswerStore
         {"merge": MergeSpec("dare", density=0.5, seed=0, lam=0.5)},
         {"types": ("place", "person")},
         {"types": ("person",)},
-        {"decoding": DecodeSpec(max_new_tokens=9, batch_size=2)},
+        {"decoding": DecodeSpec(max_new_tokens=9, batch_size=2, mode="exact")},
     ],
     ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length"],
 )
@@ -235,7 +241,7 @@ def test_an_answer_is_not_reused_for_another_prompt(
 
 def test_what_cannot_change_an_answer_does_not_hinder_reuse(engine: MakeEngine, store: AnswerStore) -> None:
     engine(store).predict(["news"], SINGLE, TYPES, TEXTS)
-    again = engine(store, DecodeSpec(max_new_tokens=8, batch_size=3))
+    again = engine(store, DecodeSpec(max_new_tokens=8, batch_size=3, mode="exact"))
     again.predict(
         ["news"], MergeSpec("ties", density=0.9, trim_scope="tensor", sign="count", aggregate="sum"), TYPES, TEXTS
     )
@@ -261,24 +267,33 @@ def test_progress_counts_every_text_once(engine: MakeEngine, store: AnswerStore)
 
 
 def test_answers_are_kept_as_they_come(engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that dies in a later batch has kept those before it."""
+    """A run that dies has kept what was done."""
     texts = [f"text number {i}" for i in range(4)]
-    calls: list[int] = []
 
-    def dies_later(base: Base, parts: Any, spec: DecodeSpec, progress: Any) -> Any:
-        calls.append(len(parts))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return decode_prompts(base, parts, spec, progress)
+    def dies_later(*args: Any) -> Any:
+        for number, answer in enumerate(stream(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(sam.engine, "decode_prompts", dies_later)
+        patch.setattr(sam.engine, "stream", dies_later)
         with pytest.raises(KeyboardInterrupt):
             engine(store).predict(["news"], SINGLE, TYPES, texts)
-    assert calls == [2, 2]
     again = engine(store)
     again.predict(["news"], SINGLE, TYPES, texts)
     assert counts(again) == {"decoded": 2, "reused": 2}
+
+
+def test_a_long_run_keeps_answers_before_its_end(
+    engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is killed where nothing can be tidied up."""
+    monkeypatch.setattr(sam.engine, "KEEP_EVERY", 3)
+    put: list[int] = []
+    monkeypatch.setattr(store, "put", lambda answers: put.append(len(answers)))
+    engine(store).predict(["news"], SINGLE, TYPES, [f"text number {i}" for i in range(8)])
+    assert put == [3, 3, 2]
 
 
 def test_a_merge_is_streamed_and_not_held(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +320,7 @@ def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch
     one = engine()
     one.predict(["news", "stem"], TIES, TYPES, TEXTS[:1])
     applied: list[Any] = []
-    monkeypatch.setattr(sam.engine.MergedWeights, "apply", lambda self, modules: applied.append(modules))
+    monkeypatch.setattr(sam.engine.PackedWeights, "apply", lambda self, modules: applied.append(modules))
     one.predict(["stem", "news"], TIES, TYPES, TEXTS[1:])
     assert applied == []
 

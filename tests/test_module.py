@@ -194,7 +194,7 @@ def test_the_base_is_given_back_after_an_error(make: MakeModule, monkeypatch: py
     if where in ("selection", "test_step"):
         monkeypatch.setattr(module.engine, "predict", decodes_then_fails(module.engine))
     elif where == "decoding":
-        monkeypatch.setattr(sam.engine, "decode_prompts", fails)
+        monkeypatch.setattr(sam.engine, "stream", fails)
     else:
         monkeypatch.setattr(module, "combined", fails)
     with pytest.raises(RuntimeError, match="out of memory"):

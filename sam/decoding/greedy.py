@@ -1,19 +1,21 @@
-"""Batched greedy decoding of one prompt a sentence, with the prefix they share run once."""
+"""Greedy decoding of many prompts at once: rows join and leave a running batch, their shared prefixes are run once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sam import prompts
 from sam.base import Base
+from sam.decoding.drafts import Drafter, Memory
+from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
+
+ADMIT = 384
+"""Prompt tokens let into one forward pass, at least one prompt's: enough to fill the processor, few enough not to
+hold up the rows that are being answered."""
 
 
 @dataclass(frozen=True)
@@ -33,166 +35,194 @@ def decode(
 ) -> list[Answer]:
     """The model's greedy answer for each text, asked for ``types``, in the order of ``texts``.
 
-    An answer does not depend on the other texts of its batch (fp32: padding changes rounding by about 1e-6, never the
-    choice of a token in our tests; half precision gives no such promise). ``progress`` is called with the number of
-    answers done.
+    An answer does not depend on the other texts (see :mod:`sam.decoding.ragged`; half precision gives no such
+    promise). ``progress`` is called with the number of answers done.
     """
     prefix = prompts.prefix(types)
     return decode_prompts(base, [(prefix, prompts.suffix(text)) for text in texts], spec, progress)
 
 
-@torch.inference_mode()
 def decode_prompts(
     base: Base,
     parts: Sequence[tuple[str, str]],
     spec: DecodeSpec,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """As :func:`decode`, for prompts given as (prefix, suffix); each distinct prefix is run once."""
-    if not parts:
-        return []
-    heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
-    prefixes = [_ids(base, prefix, special=True) for prefix in heads]
-    rows = [_Row(heads[prefix], _ids(base, suffix)) for prefix, suffix in parts]
-    longest = max(map(len, prefixes)) + max(len(row.suffix) for row in rows)
-    padding = _bears_padding(DynamicCache(config=base.model.config), longest + spec.max_new_tokens)
+    """As :func:`decode`, for prompts given as (prefix, suffix)."""
     answers: dict[int, Answer] = {}
-    # The longest first: the peak of memory is met at once, not at the end of a long run.
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].suffix), i))
-    for part in _cut(order, rows, spec.batch_size, padding):
-        answers.update(zip(part, _batch(base, prefixes, [rows[i] for i in part], spec), strict=True))
+    for index, answer in stream(base, parts, spec):
+        answers[index] = answer
         if progress:
-            progress(len(part))
-    return [answers[i] for i in range(len(rows))]
+            progress(1)
+    return [answers[i] for i in range(len(parts))]
 
 
-@dataclass(frozen=True)
+def stream(
+    base: Base,
+    parts: Sequence[tuple[str, str]],
+    spec: DecodeSpec,
+    drafter: Drafter | None = None,
+    earlier: Sequence[str] | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """(index into ``parts``, answer) as each is done.
+
+    ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
+    model's; no answer depends on them. A model without packed layers works as well (see :mod:`sam.decoding.packed`).
+    """
+    if not parts:
+        return
+    run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts))
+    with ragged(base.model):
+        while run.waiting or run.rows:
+            # Around each pass only: the caller's code between two answers is not in inference mode.
+            with torch.inference_mode():
+                run.step()
+            yield from run.done()
+
+
+@dataclass
 class _Row:
-    """One prompt: the number of its prefix, and the token ids of its suffix."""
+    """One prompt on its way: ``past`` of its tokens are in the cache, ``made`` is its answer so far."""
 
+    index: int
     prefix: int
     suffix: list[int]
+    memory: Memory
+    past: int = 0
+    made: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def feed(self) -> list[int]:
+        """The tokens that the next pass takes."""
+        return [*(self.made[-1:] or self.suffix), *self.draft]
 
 
-class _GrowingLayer(DynamicLayer):
-    """A cache layer that writes new tokens into spare room, where DynamicLayer copies all it holds at each token."""
+class _Run:
+    """The running batch: row n of ``rows`` has row n of the cache."""
 
-    ROOM = 64
-    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(
+        self,
+        base: Base,
+        parts: Sequence[tuple[str, str]],
+        spec: DecodeSpec,
+        drafter: Drafter,
+        earlier: Sequence[str],
+    ) -> None:
+        self.base, self.spec, self.drafter = base, spec, drafter
+        heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
+        self.prefixes = [_ids(base, prefix, special=True) for prefix in heads]
+        waiting = []
+        for index, (prefix, text) in enumerate(parts):
+            suffix = _ids(base, text)
+            known = [*_ids(base, earlier[index]), base.stop_ids[0]] if earlier[index] else []
+            waiting.append(_Row(index, heads[prefix], suffix, Memory(suffix, known)))
+        # Prefix by prefix, the longest first: the peak of memory is met early, and neighbours are of a length.
+        self.waiting = sorted(waiting, key=lambda row: (row.prefix, -len(row.suffix), row.index), reverse=True)
+        self.rows: list[_Row] = []
+        config = base.model.config
+        self.share = config.num_attention_heads // config.num_key_value_heads
+        self.stops = frozenset(base.stop_ids)
+        slots = max(len(row.suffix) for row in waiting) + spec.max_new_tokens
+        self.cache = KeyValues(min(spec.batch_size, len(parts)), slots)
+        self.shared = KeyValues(len(self.prefixes), max(map(len, self.prefixes)))
+        self.lengths = [0] * len(self.prefixes)
+        self._ended: list[_Row] = []
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [batch, heads, new, dim] keys and values; returns all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        past, new = self.get_seq_length(), key_states.shape[-2]
-        if not self._fits(past + new):
-            self._rooms = (self._room(self.keys, key_states, past), self._room(self.values, value_states, past))
-        rooms = self._rooms or ()
-        for room, states in zip(rooms, (key_states, value_states), strict=True):
-            room[:, :, past : past + new] = states
-        self.keys, self.values = (room[:, :, : past + new] for room in rooms)
-        return self.keys, self.values
+    def step(self) -> None:
+        """One forward pass: the rows under way go on, waiting ones join."""
+        old = self.rows
+        new = self._admit()
+        self.rows = old + new
+        least = _worth(len(self.rows), self.base.device)
+        for row in self.rows:
+            row.draft = self.drafter.guess(row.memory, self.spec.max_new_tokens - len(row.made) - 1, least)
+        # Of a prompt only the last token's successor is asked for; of a draft, every token's.
+        keep: list[int] = []
+        at = 0
+        for row in self.rows:
+            at += len(row.feed())
+            keep += range(at - len(row.draft) - 1, at)
+        rows = [Row(len(row.feed()), row.past, row.prefix) for row in self.rows]
+        chosen = iter(self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep))
+        for row in self.rows:
+            self._advance(row, [next(chosen) for _ in range(1 + len(row.draft))])
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place].ended:
+                self._leave(place)
 
-    def _fits(self, length: int) -> bool:
-        """Whether the held keys still lie in their room (batch selection moves them out), and ``length`` fits it."""
-        room = self._rooms[0] if self._rooms else None
-        if room is None or self.keys is None or room.shape[-2] < length:
-            return False
-        return room.data_ptr() == self.keys.data_ptr() and room.shape[0] == self.keys.shape[0]
+    def done(self) -> Iterator[tuple[int, Answer]]:
+        """The answers that the last pass ended."""
+        for row in self._ended:
+            stopped = row.made[-1] in self.stops
+            text = self.base.tokenizer.decode(row.made[:-1] if stopped else row.made, skip_special_tokens=True)
+            yield row.index, Answer(text, truncated=not stopped)
+        self._ended = []
 
-    def _room(self, held: torch.Tensor | None, new: torch.Tensor, past: int) -> torch.Tensor:
-        batch, heads, count, dim = new.shape
-        room = new.new_empty(batch, heads, past + count + self.ROOM, dim)
-        if past and held is not None:
-            room[:, :, :past] = held
-        return room
+    def _admit(self) -> list[_Row]:
+        """Waiting rows for which there is room, their prefixes in ``shared``."""
+        new: list[_Row] = []
+        size = 0
+        while self.waiting and len(self.rows) + len(new) < self.cache.rows:
+            size += len(self.waiting[-1].suffix)
+            if new and size > ADMIT:
+                break
+            row = self.waiting.pop()
+            if not self.lengths[row.prefix]:
+                self._share(row.prefix)
+            new.append(row)
+        return new
+
+    def _share(self, number: int) -> None:
+        """Run a prefix by itself and keep it."""
+        ids = self.prefixes[number]
+        lone = KeyValues(1, len(ids))
+        self._forward(lone, [Row(len(ids), 0, number)], ids, [len(ids) - 1])
+        self.shared.copy_from(lone, number, len(ids))
+        self.lengths[number] = len(ids)
+
+    def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> list[int]:
+        """Run ``ids`` through the model; returns the likeliest successor of those at ``keep``."""
+        device = self.base.device
+        now = Pass(cache, self.shared, self.lengths, rows, self.share, device)
+        out = self.base.model(
+            input_ids=torch.tensor([[*ids, *[ids[-1]] * now.spare]], device=device),
+            position_ids=now.positions,
+            use_cache=False,
+            logits_to_keep=torch.tensor([*keep, *[keep[-1]] * (rounded(len(keep)) - len(keep))], device=device),
+            sam_pass=now,
+        )
+        return out.logits[0, : len(keep)].argmax(-1).tolist()
+
+    def _advance(self, row: _Row, chosen: Sequence[int]) -> None:
+        """Take what the pass found: the draft as far as it is what greedy decoding would write, and one token more."""
+        right = 0
+        while right < len(row.draft) and row.draft[right] == chosen[right]:
+            right += 1
+        self.drafter.learn(row.memory, right, chosen[: right + 1])
+        row.past += (1 if row.made else len(row.suffix)) + right
+        for token in chosen[: right + 1]:
+            row.made.append(token)
+            row.ended = token in self.stops or len(row.made) == self.spec.max_new_tokens
+            if row.ended:
+                break
+
+    def _leave(self, place: int) -> None:
+        """Take an ended row out; the last row moves into its place."""
+        self._ended.append(self.rows[place])
+        last = self.rows.pop()
+        if place < len(self.rows):
+            self.cache.move(len(self.rows), place, last.past)
+            self.rows[place] = last
 
 
-def _bears_padding(cache: DynamicCache, most: int) -> bool:
-    """Whether padding leaves answers as they are, in a model with this cache and at ``most`` tokens a row.
+def _worth(rows: int, device: str) -> float:
+    """The chance of being right from which on a guess saves time, with ``rows`` in the batch.
 
-    A sliding window counts slots, padding too: once it slides, a padded row sees fewer tokens than it would alone.
-    Layers of other kinds (chunked, recurrent) are not trusted with padding either.
+    A pass has a cost of its own, that a row's share of falls with the number of rows; then each token has one.
     """
-
-    def bears(layer: Any) -> bool:
-        fits = type(layer) is DynamicSlidingWindowLayer and most <= layer.sliding_window
-        return type(layer) is DynamicLayer or fits
-
-    return all(map(bears, cache.layers))
-
-
-def _cut(order: Sequence[int], rows: Sequence[_Row], size: int, padding: bool) -> Iterator[list[int]]:
-    """``order`` (by falling length) in batches of at most ``size``; without ``padding``, of rows of one shape each."""
-
-    def shape(i: int) -> tuple[int, int]:
-        return len(rows[i].suffix), rows[i].prefix
-
-    groups = [list(order)] if padding else [list(g) for _, g in groupby(sorted(order, key=shape, reverse=True), shape)]
-    for group in groups:
-        yield from (group[start : start + size] for start in range(0, len(group), size))
+    return 0.05 if device != "cpu" else 1 / (1.4 + 48 / rows)
 
 
 def _ids(base: Base, text: str, special: bool = False) -> list[int]:
     return list(base.tokenizer(text, add_special_tokens=special).input_ids)
-
-
-def _left_padded(base: Base, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, [rows, longest], padded on the left."""
-    width, pad = max(map(len, ids)), base.stop_ids[0]
-    padded = [[pad] * (width - len(row)) + list(row) for row in ids]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
-    return torch.tensor(padded, device=base.device), torch.tensor(mask, device=base.device)
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _prefill(base: Base, prefixes: Sequence[Sequence[int]], rows: Sequence[_Row]) -> tuple[DynamicCache, torch.Tensor]:
-    """The cache of the rows' prefixes, each distinct one run once, and its attention mask [rows, width]."""
-    used = sorted({row.prefix for row in rows})
-    ids, mask = _left_padded(base, [prefixes[number] for number in used])
-    cache = DynamicCache(config=base.model.config)
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    base.model(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, logits_to_keep=1
-    )
-    places = torch.tensor([used.index(row.prefix) for row in rows], device=base.device)
-    cache.batch_select_indices(places)
-    return cache, mask[places]
-
-
-def _batch(base: Base, prefixes: Sequence[Sequence[int]], rows: Sequence[_Row], spec: DecodeSpec) -> Iterator[Answer]:
-    cache, before = _prefill(base, prefixes, rows)
-    ids, real = _left_padded(base, [row.suffix for row in rows])
-    mask = torch.cat([before, real], dim=1)
-    positions = _positions(mask)[:, before.shape[1] :]
-    stops = torch.tensor(base.stop_ids, device=base.device)
-    alive = torch.arange(len(rows), device=base.device)
-    generated: list[list[int]] = [[] for _ in rows]
-    ended = [False] * len(rows)
-    for _ in range(spec.max_new_tokens):
-        out = base.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        )
-        token = out.logits[:, -1].argmax(-1)
-        stopped = torch.isin(token, stops)
-        for row, t, stop in zip(alive.tolist(), token.tolist(), stopped.tolist(), strict=True):
-            ended[row] = stop
-            if not stop:
-                generated[row].append(t)
-        if stopped.any():
-            keep = (~stopped).nonzero().squeeze(1)
-            if not len(keep):
-                break
-            # Rows that have ended leave the batch, so that a long answer does not hold up the others.
-            cache.batch_select_indices(keep)
-            alive, token, mask, positions = alive[keep], token[keep], mask[keep], positions[keep]
-        ids = token.unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    for made, end in zip(generated, ended, strict=True):
-        yield Answer(base.tokenizer.decode(made, skip_special_tokens=True), truncated=not end)

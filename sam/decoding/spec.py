@@ -8,18 +8,26 @@ from typing import Any
 
 from sam.errors import SamError
 
+MODES = ("exact", "fast")
+
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect)."""
+    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect).
+
+    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` in bf16 where a CPU does so itself.
+    """
 
     max_new_tokens: int = 160
     batch_size: int = 64
+    mode: str = "fast"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
         """From the plain mapping of a ``conf/decode`` file."""
         spec = cls(**config)
+        if spec.mode not in MODES:
+            raise SamError(f"decode.mode={spec.mode} is unknown; allowed: {', '.join(MODES)}")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(spec, name) < 1:
                 raise SamError(f"decode.{name}={getattr(spec, name)} must be at least 1")
@@ -30,14 +38,20 @@ class DecodeSpec:
         import torch
         import transformers
 
+        from sam.base import multiplies_bf16
+        from sam.decoding.packed import packs
+
         versions = [torch.__version__.split("+")[0], transformers.__version__]
-        # In half precision, rounding depends on what else is in a batch, and can change the choice of a token.
+        # On a GPU, or with a model in half precision, rounding depends on what else is in a batch, and can change the
+        # choice of a token.
         batch = {} if dtype == "float32" else {"batch_size": self.batch_size}
+        kind = torch.device(device).type
+        half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and packs() and multiplies_bf16()
         return {
             **batch,
             "method": "greedy",
             "max_new_tokens": self.max_new_tokens,
-            "dtype": dtype,
-            "device": torch.device(device).type,
+            "dtype": "bfloat16 products" if half else dtype,
+            "device": kind,
             "versions": versions,
         }

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from sam import corpora, prompts
-from sam.base import Base, staged
+from sam.base import Base, multiplies_bf16, staged
 from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
@@ -135,9 +135,7 @@ def auto_precision(chosen: str, device: str) -> str:
         return chosen
     if device.startswith("cuda"):
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    flags = Path("/proc/cpuinfo")
-    fast = flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16"))
-    return "bf16-mixed" if fast else "32-true"
+    return "bf16-mixed" if multiplies_bf16() else "32-true"
 
 
 def _fit(
@@ -204,13 +202,15 @@ def score_heldout(
 ) -> dict[str, Any]:
     """F1 of the saved adapter on held-out sentences of each dataset, and their mean."""
     from sam.decoding.greedy import decode as run
-    from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+    from sam.decoding.packed import PackedWeights
+    from sam.merging import AdapterDeltas, MergeSpec, merge_modules
     from sam.ner import entity_types
     from sam.scoring import score
 
     by_dataset: dict[str, Any] = {}
     spec = MergeSpec(name="linear")
-    with merged(base.model, merge_modules([AdapterDeltas.open(folder)], [folder.name], spec)):
+    with PackedWeights(base.model, decode.mode) as weights:
+        weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], spec))
         for dataset, sentences in heldout.items():
             if not sentences:
                 continue

@@ -1,13 +1,12 @@
 """Adding a merge to a model in place and undoing it exactly.
 
 The originals of the touched weights are copied first and copied back afterwards: adding and subtracting would drift
-in bf16. The touched weights therefore need their memory twice, on the model's device, from the first merge that is
-applied; the copies' memory is used again by the next.
+in bf16. The touched weights therefore need their memory twice, on the model's device, while a merge is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -27,8 +26,8 @@ class MergedWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._originals: dict[str, tuple[Tensor, Tensor]] = {}  # module name -> (the weight, a copy of it)
-        self._memory: dict[str, Tensor] = {}  # module name -> the copy of the last merge, of whatever values
+        self._applied: list[str] = []
+        self._originals: list[tuple[Tensor, Tensor]] = []  # (a weight, a copy of what it was)
         self._holds = False
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
@@ -58,7 +57,7 @@ class MergedWeights:
     @property
     def applied(self) -> tuple[str, ...]:
         """The names of the modules that hold a merged weight."""
-        return tuple(self._originals)
+        return tuple(self._applied)
 
     def __enter__(self) -> MergedWeights:
         return self
@@ -70,25 +69,24 @@ class MergedWeights:
 
     def _add(self, name: str, delta: Tensor, shared: dict[int, list[str]]) -> None:
         weight = _weight(self.model, name)
-        _check_fit(name, weight, delta, self._originals, shared)
+        _check_fit(name, weight, delta, self._applied, shared)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            original = self._copy(name, weight)
-            self._originals[name] = (weight, original)
             exact = torch.promote_types(weight.dtype, torch.float32)
-            torch.add(original, delta.to(device=weight.device, dtype=exact), out=weight)
+            merged = weight.detach().to(exact) + delta.to(device=weight.device, dtype=exact)
+            self._set(self.model.get_submodule(name), weight, merged)
+        self._applied.append(name)
 
-    def _copy(self, name: str, weight: Tensor) -> Tensor:
-        """A copy of the weight as it is now."""
-        memory = self._memory.get(name)
-        if memory is None or _kind(memory) != _kind(weight):
-            memory = self._memory[name] = torch.empty_like(weight)
-        return memory.copy_(weight)
+    def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
+        """Make ``module`` work with ``merged`` (fp32 at least) in place of ``weight``."""
+        self._originals.append((weight, weight.detach().clone()))
+        weight.copy_(merged)
 
     def _restore(self) -> None:
-        for weight, original in self._originals.values():
+        for weight, original in self._originals:
             with torch.inference_mode(weight.is_inference()), torch.no_grad():
                 weight.copy_(original)
         self._originals.clear()
+        self._applied.clear()
         delattr(self.model, _MARK)
         self._holds = False
 
@@ -114,13 +112,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
-
-
-def _check_fit(
-    name: str, weight: Tensor, delta: Tensor, done: dict[str, tuple[Tensor, Tensor]], shared: dict[int, list[str]]
-) -> None:
+def _check_fit(name: str, weight: Tensor, delta: Tensor, done: Sequence[str], shared: dict[int, list[str]]) -> None:
     if name in done:
         raise SamError(f"module {name!r} comes twice in one merge; give one delta a module")
     if weight.shape != delta.shape:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sam.errors import SamError
+from sam.merging.trim import Cut
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -80,6 +81,8 @@ class AdapterDeltas:
     def __init__(self, folder: Path, factors: dict[str, Factors]) -> None:
         self.folder = folder
         self._factors = dict(sorted(factors.items()))
+        self.cuts: dict[float, Cut] = {}
+        """By density: where a global trim cuts this adapter, as far as that has been searched."""
 
     @classmethod
     def open(cls, folder: str | Path) -> AdapterDeltas:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sam.errors import SamError
 from sam.merging.checks import check_choice, check_density, check_lam, check_seed, raw_weights, relative_weights
-from sam.merging.trim import BLOCK, Trimmer, find_cut, work_memory
+from sam.merging.trim import BLOCK, Cut, Trimmer, find_cut, work_memory
 
 TRIM_SCOPES = ("tensor", "global")
 SIGNS = ("sum", "count")
@@ -162,8 +162,16 @@ def _trimming(sets: Sequence[DeltaSet], density: float, scope: str, scratch: Scr
     work = work_memory()
     if scope == "tensor":
         return lambda _index, _module, delta: map(Trimmer(find_cut(lambda: [delta], density, work)), _blocks(delta))
-    trimmers = [Trimmer(find_cut(partial(_all_deltas, one, scratch), density, work)) for one in sets]
+    trimmers = [Trimmer(_global_cut(one, density, scratch, work)) for one in sets]
     return lambda index, _module, delta: map(trimmers[index], _blocks(delta))
+
+
+def _global_cut(one: DeltaSet, density: float, scratch: Scratch, work: Tensor) -> Cut:
+    """The cut over all of an expert's modules; one that keeps its cuts is searched once for all merges."""
+    cuts: dict[float, Cut] = getattr(one, "cuts", {})
+    if density not in cuts:
+        cuts[density] = find_cut(partial(_all_deltas, one, scratch), density, work)
+    return cuts[density]
 
 
 def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None) -> Change:

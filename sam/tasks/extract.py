@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,25 @@ def facts(planned: Plan) -> dict[str, Any]:
     }
 
 
+_HELD: dict[str, tuple[Any, Any]] = {}
+
+
+def _held(kind: str, key: Any, make: Callable[[], Any]) -> Any:
+    """What an earlier job of this process made for the same ``key``, else a new one: a sweep loads its models once."""
+    if kind not in _HELD or _HELD[kind][0] != key:
+        _HELD.pop(kind, None)  # before the next one takes its memory
+        _HELD[kind] = (key, make())
+    return _HELD[kind][1]
+
+
+def engine_facts(planned: Plan) -> tuple[Any, ...]:
+    """All that an engine holds: the base model's content and the experts'."""
+    from sam.base import fingerprint, folder, settings_hash
+
+    path = folder(planned.base)
+    return planned.base, fingerprint(path), settings_hash(path), tuple(sorted(planned.hashes.items()))
+
+
 def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Every target in turn: the result's sections, and the lines of ``predictions.jsonl``."""
     from sam.engine import Engine
@@ -165,8 +184,14 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         from sam.tasks import ahead
 
     store = AnswerStore(cache_dir() / "answers.sqlite" if config["answers"] == "reuse" else None)
-    engine = Engine(planned.base, planned.pool, planned.decode, store, device_of(config["trainer"]["accelerator"]))
-    encoder = Encoder(planned.encoder)
+    device = device_of(config["trainer"]["accelerator"])
+    engine: Engine = _held(
+        "engine",
+        (engine_facts(planned), planned.pool.path, planned.decode, device),
+        lambda: Engine(planned.base, planned.pool, planned.decode, store, device),
+    )
+    engine.begin(store)
+    encoder: Encoder = _held("encoder", (Encoder, planned.encoder), lambda: Encoder(planned.encoder))
     trainer = L.Trainer(
         accelerator=config["trainer"]["accelerator"],
         devices=config["trainer"]["devices"],
@@ -208,6 +233,9 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
                 trainer.predict(module, return_predictions=False)
         targets = {name: report(module, seconds[name]) for name, module in modules.items()}
         rows = [row for module in modules.values() for row in prediction_rows(module)]
+    except BaseException:
+        _HELD.clear()  # what failed for want of memory must not want it for the rest of a sweep
+        raise
     finally:
         engine.reset()
         store.close()

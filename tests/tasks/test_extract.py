@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -46,7 +47,7 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["run.py"])
     monkeypatch.setenv("SAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sam.tasks.extract, "Encoder", lambda spec: HashEncoder())
-    monkeypatch.setattr(sam.engine, "decode_prompts", pretend)
+    monkeypatch.setattr(sam.engine, "stream", pretend)
     fixed = ["base=local", f"base.location={tiny_spec.location}", f"experts.path={pool.path}", "logger=none"]
     fixed += ["trainer=cpu", "target=mini_movie", "limit=6", "k=2", "sample_size=3"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -62,10 +63,12 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
 GOLD = {s.text: s for name in ("movie", "music") for s in mini(name).sentences}
 
 
-def pretend(base: Any, parts: Sequence[tuple[str, str]], spec: Any, progress: Any = None) -> list[Answer]:
+def pretend(base: Any, parts: Sequence[tuple[str, str]], *args: Any) -> Iterator[tuple[int, Answer]]:
     """Answers that are right, half right, wrong, and no JSON, in turn by the weights and the text."""
-    weight = int(abs(float(base.model.model.layers[0].self_attn.q_proj.weight.sum())) * 100)
-    return [Answer(_pretended(prefix, suffix, weight), truncated=False) for prefix, suffix in parts]
+    layer = base.model.model.layers[0].self_attn.q_proj
+    weight = int(abs(float(layer(torch.ones(1, layer.in_features)).sum())) * 100)
+    for number, (prefix, suffix) in enumerate(parts):
+        yield number, Answer(_pretended(prefix, suffix, weight), truncated=False)
 
 
 def _pretended(prefix: str, suffix: str, weight: int) -> str:

@@ -1,0 +1,170 @@
+"""Greedy decoding: our engine against ``transformers`` ``generate`` at the best of its settings.
+
+The same prompts, weights and limit of tokens for all; the model is the shipped unified expert, folded into the base.
+The sentences are mixed from CrossNER and MIT where those corpora can be read, else from the mini benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from experiments.bench.harness import Contestant, Figures, Options, Report, compete, joined, measured
+from sam import prompts
+from sam.base import Base, BaseSpec, load
+from sam.decoding import DecodeSpec
+from sam.decoding.greedy import Answer, decode_prompts
+from sam.decoding.packed import PackedWeights
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.launch import compose
+from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+from sam.ner import Sentence
+from sam.scoring import score
+from sam.targets import load_targets
+
+SENTENCES = 200
+REAL = ("ai", "literature", "music", "politics", "science")
+LIMIT = 160
+"""Most new tokens an answer."""
+DTYPES = ("float32", "bfloat16")
+SIZES = (8, 16, 32, 64)
+
+Asked = tuple[tuple[str, ...], Sentence]
+
+
+def run(options: Options) -> Report:
+    """One case with every setting of the peer, and what the answers' agreement and F1 are."""
+    config = compose("experts=shipped")
+    sentences, source = sample(24 if options.quick else SENTENCES)
+    base = load(BaseSpec.from_config(config["base"]), "auto")
+    adapter = AdapterDeltas.open(Pool(config["experts"]["path"]).folder("unified"))
+    answers: dict[str, list[Answer]] = {}
+
+    def modules() -> Iterator[tuple[str, torch.Tensor]]:
+        return merge_modules([adapter], ["unified"], MergeSpec("linear"))
+
+    parts = [(prompts.prefix(types), prompts.suffix(s.text)) for types, s in sentences]
+    ours = {f"sam {mode}": _ours(base, mode, parts, modules, answers) for mode in ("exact", "fast")}
+    peers = _peers(base, parts, modules, answers, options)
+    reports = []
+    for name, one in ours.items():
+        others = peers if name == "sam fast" else [p for p in peers if "float32" in p.name]
+        everyone = [Contestant(name, one, ours=True), *others]
+        reports.append(
+            compete(everyone, options.rounds, "sentences_per_s", True, case=f"{name}, {len(parts)} sentences")
+        )
+    return joined(reports, {"sentences": source, **agreement(answers, sentences)})
+
+
+def sample(count: int) -> tuple[list[Asked], str]:
+    """``count`` (types, sentence), in equal shares of the seven real targets, or of the mini ones; and which."""
+    names = [f"crossner_{n}" for n in REAL] + ["mit_movie", "mit_restaurant"]
+    share = -(-count // len(names))
+    try:
+        targets = load_targets(compose(f"target=[{','.join(names)}]")["target"], share)
+        source = "CrossNER and MIT, test"
+    except SamError:
+        targets = load_targets(compose("target=mini")["target"], share)
+        source = "mini benchmark"
+    return [(t.types, s) for t in targets for s in t.sentences][:count], source
+
+
+def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[str, Any]:
+    """Of each contestant: the share of answers that equal fp32 ``generate``'s, and micro F1 over the sentences."""
+    reference = next(found for name, found in answers.items() if name.startswith("generate float32"))
+    notes: dict[str, Any] = {}
+    for name, found in answers.items():
+        same = sum(a.text == b.text for a, b in zip(found, reference, strict=True)) / len(reference)
+        predicted = [prompts.predict(s.text, a.text, t, a.truncated) for (t, s), a in zip(asked, found, strict=True)]
+        f1 = score([s for _, s in asked], predicted).f1
+        notes[name] = f"{100 * same:.1f} % of answers as fp32 generate, F1 {100 * f1:.1f}"
+    return notes
+
+
+def _ours(
+    base: Base, mode: str, parts: list[tuple[str, str]], modules: Callable[[], Any], answers: dict[str, list[Answer]]
+) -> Callable[[], Figures]:
+    weights = PackedWeights(base.model, mode)
+
+    def work() -> None:
+        with weights:
+            weights.apply(modules())
+            answers[f"sam {mode}"] = decode_prompts(base, parts, DecodeSpec(max_new_tokens=LIMIT, mode=mode))
+
+    return _rated(work, len(parts))
+
+
+def _peers(
+    base: Base,
+    parts: list[tuple[str, str]],
+    modules: Callable[[], Any],
+    answers: dict[str, list[Answer]],
+    options: Options,
+) -> list[Contestant]:
+    """``generate`` at each dtype and batch size; the model in bf16 is a copy."""
+    sizes = SIZES[1:2] if options.quick else SIZES
+    with merged(base.model, modules()):
+        state = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    found = []
+    for dtype in DTYPES:
+        model = type(base.model)(base.model.config).to(getattr(torch, dtype))
+        model.load_state_dict(state)
+        model.tie_weights()
+        model.generation_config = base.model.generation_config
+        model.eval().to(base.device)
+        for size in sizes:
+            name = f"generate {dtype} batch {size}"
+            found.append(Contestant(name, _rated(_peer(base, model, parts, size, answers, name), len(parts))))
+    return found
+
+
+def _peer(
+    base: Base, model: Any, parts: list[tuple[str, str]], size: int, answers: dict[str, list[Answer]], name: str
+) -> Callable[[], None]:
+    def work() -> None:
+        rows = [
+            base.tokenizer(prefix).input_ids + base.tokenizer(suffix, add_special_tokens=False).input_ids
+            for prefix, suffix in parts
+        ]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        out: dict[int, Answer] = {}
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            for i, answer in zip(chosen, _generate(base, model, [rows[i] for i in chosen]), strict=True):
+                out[i] = answer
+        answers[name] = [out[i] for i in range(len(rows))]
+
+    return work
+
+
+def _generate(base: Base, model: Any, rows: list[list[int]]) -> list[Answer]:
+    """One left-padded batch."""
+    width, pad = max(map(len, rows)), base.stop_ids[0]
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=base.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=LIMIT,
+        eos_token_id=list(base.stop_ids),
+        pad_token_id=pad,
+    )[:, width:].tolist()
+    answers = []
+    for made in out:
+        end = next((n for n, token in enumerate(made) if token in base.stop_ids), None)
+        answers.append(Answer(base.tokenizer.decode(made[:end], skip_special_tokens=True), end is None))
+    return answers
+
+
+def _rated(work: Callable[[], None], sentences: int) -> Callable[[], Figures]:
+    once = measured(work)
+
+    def rated() -> Figures:
+        figures = once()
+        return {**figures, "sentences_per_s": sentences / figures["seconds"]}
+
+    return rated

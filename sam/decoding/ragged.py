@@ -1,0 +1,293 @@
+"""One forward pass over the new tokens of many sentences, packed end to end; each attends to its own past only.
+
+There is no padding in what the linear layers see, and a token's slot in the cache is its place in its own sentence, so
+nothing depends on the other sentences of the pass, sliding windows included. The prefix that sentences share is kept
+once. Works with every model of transformers whose attention can be exchanged (``AttentionInterface``).
+
+Libraries choose a kernel, and so an order of summation, by a product's shape. Shapes are kept within bounds (``LEAST``,
+``STRIDE``, ``CHUNK``) in which a token's attention is the same to the bit whatever else is in the pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from sam.errors import SamError
+
+NAME = "sam_ragged"
+LEAST = 8  # queries of a key head in one product, at least
+STRIDE = 16  # slots are attended to in multiples of this
+CHUNK = 128  # slots summed over in one product, at most
+
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+class KeyValues:
+    """Keys and values by layer: [rows, heads, slots, dim], made as the first pass shows each layer's shape."""
+
+    def __init__(self, rows: int, slots: int) -> None:
+        self.rows, self.slots = rows, _up(slots, STRIDE)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of layer ``index``; ``like`` [tokens, heads, dim] says what they hold."""
+        if index not in self._layers:
+            shape = (self.rows, like.shape[1], self.slots, like.shape[2])
+            self._layers[index] = (_zeros(shape, like), _zeros(shape, like))
+        return self._layers[index]
+
+    def move(self, source: int, to: int, slots: int) -> None:
+        """Copy the first ``slots`` of a row over another row."""
+        for kept in self._layers.values():
+            for tensor in kept:
+                tensor[to, :, :slots] = tensor[source, :, :slots]
+
+    def copy_from(self, other: KeyValues, to: int, slots: int) -> None:
+        """Copy the first ``slots`` of the first row of ``other`` into a row here."""
+        for index, kept in other._layers.items():
+            for mine, theirs in zip(self.layer(index, kept[0][:1, :, 0]), kept, strict=True):
+                mine[to, :, :slots] = theirs[0, :, :slots]
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros, as a masked slot must hold a finite number; on a CPU, memory that is taken only where it is written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    raw = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
+    return torch.from_numpy(raw).view(like.dtype).view(*shape)
+
+
+@dataclass
+class Row:
+    """What one sentence brings to a pass: ``count`` new tokens after the ``past`` kept ones and prefix ``prefix``."""
+
+    count: int
+    past: int
+    prefix: int
+
+
+@dataclass
+class _Group:
+    """Rows of the cache and their new tokens from the ``skip``-th on, padded to [rows, width]."""
+
+    rows: Tensor | slice
+    width: int
+    slots: int  # how many are attended to
+    gather: Tensor  # [rows * width]: token of the pass at each padded place
+    at: Tensor  # the padded places that hold a token
+    tokens: Tensor  # the tokens that these are
+    slot: Tensor  # [rows, width]: each query's own slot
+    before: Tensor  # [rows]: length of the prefix
+    by_prefix: list[tuple[int, Tensor | slice]]  # (prefix, its rows in the group)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+
+class Pass:
+    """What the attention of one forward pass needs to know; the same for all layers."""
+
+    def __init__(
+        self,
+        cache: KeyValues,
+        shared: KeyValues,
+        lengths: Sequence[int],
+        rows: Sequence[Row],
+        share: int,
+        device: str,
+    ) -> None:
+        """``lengths``: the length of each prefix in ``shared``; ``rows``: those of the cache, from the first on;
+        ``share``: query heads a key head has. The pass's tokens come row by row."""
+        self.cache, self.shared, self.lengths = cache, shared, list(lengths)
+        table = [
+            (number, row.past + t, lengths[row.prefix]) for number, row in enumerate(rows) for t in range(row.count)
+        ]
+        packed = torch.tensor(table, device=device).T.contiguous()
+        self.rows, self.slots = packed[0], packed[1]
+        self.spare = rounded(len(table)) - len(table)
+        self.positions = torch.nn.functional.pad(packed[1] + packed[2], (0, self.spare)).unsqueeze(0)
+        least = -(-LEAST // share)
+        self.groups = [_group(rows, chosen, skip, width, least, self) for chosen, skip, width in _tiers(rows, least)]
+        order = torch.argsort(torch.cat([group.tokens for group in self.groups]))
+        self.order = torch.nn.functional.pad(order, (0, self.spare))
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        """Keep the new keys and values, and attend: query [heads, tokens, dim] -> [tokens, heads, dim]."""
+        count = len(self.rows)
+        key, value = key[:, :count].transpose(0, 1), value[:, :count].transpose(0, 1)
+        keys, values = self.cache.layer(layer, key)
+        keys[self.rows, :, self.slots] = key
+        values[self.rows, :, self.slots] = value
+        shared = self.shared.layer(layer, key)
+        found = []
+        for group in self.groups:
+            # Query heads that share a key head stand as further queries of it: no key is copied for them.
+            asked = query[:, group.gather].view(keys.shape[1], -1, len(group.slot), group.width, query.shape[-1])
+            asked = asked.permute(2, 0, 1, 3, 4).mul(scale).flatten(2, 3)
+            kept = (keys[group.rows, :, : group.slots], values[group.rows, :, : group.slots])
+            out = self._mix(group, asked, kept, shared, window, cap)
+            out = out.view(len(group.slot), query.shape[0], group.width, -1).transpose(1, 2).flatten(0, 1)
+            found.append(out[group.at])
+        return torch.cat(found)[self.order]
+
+    def _mix(
+        self,
+        group: _Group,
+        asked: Tensor,
+        own: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor],
+        window: int | None,
+        cap: float | None,
+    ) -> Tensor:
+        """Attention of ``asked`` [rows, key heads, queries, dim] to the prefixes and the rows' own slots."""
+        rows, heads, queries, _ = asked.shape
+        lead = _up(max(self.lengths[prefix] for prefix, _ in group.by_prefix), STRIDE)
+        scores = asked.new_empty(rows, heads, queries, lead + group.slots)
+        scores[..., lead:] = torch.matmul(asked, own[0].transpose(2, 3))
+        for prefix, chosen in group.by_prefix if lead else ():
+            length = self.lengths[prefix]
+            scores[chosen, :, :, :length] = _with_shared(asked[chosen], shared[0][prefix, :, :length].transpose(1, 2))
+        if cap is not None:
+            scores = torch.tanh(scores / cap) * cap
+        mask = self._mask(group, lead, window)
+        scores.view(rows, -1, group.width, lead + group.slots).masked_fill_(mask, -math.inf)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(asked.dtype)
+        out = _weighted(weights[..., lead:], own[1])
+        for prefix, chosen in group.by_prefix if lead else ():
+            length = self.lengths[prefix]
+            out[chosen] += _with_shared(weights[chosen][..., :length], shared[1][prefix, :, :length])
+        return out
+
+    def _mask(self, group: _Group, lead: int, window: int | None) -> Tensor:
+        """True where a query must not look: [rows, 1, width, lead + slots]."""
+        if window not in group.masks:
+            own = torch.arange(group.slots, device=group.slot.device)
+            first = torch.arange(lead, device=group.slot.device)
+            before = group.before[:, None, None]
+            hidden = own > group.slot[..., None]
+            hidden_first = (first >= before).expand(-1, group.width, -1)
+            if window is not None:
+                query = group.slot[..., None] + before
+                hidden = hidden | (query - (own + before) >= window)
+                hidden_first = hidden_first | (query - first >= window)
+            group.masks[window] = torch.cat([hidden_first, hidden], -1).unsqueeze(1)
+        return group.masks[window]
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """[..., queries, slots] times [..., slots, dim], summed in an order that more slots of weight 0 do not change."""
+    out = torch.matmul(weights[..., :CHUNK], values[..., :CHUNK, :])
+    for start in range(CHUNK, values.shape[-2], CHUNK):
+        out += torch.matmul(weights[..., start : start + CHUNK], values[..., start : start + CHUNK, :])
+    return out
+
+
+def _with_shared(left: Tensor, right: Tensor) -> Tensor:
+    """[rows, heads, n, a] times [heads, a, b], all rows in one product a head."""
+    rows, heads, n, _ = left.shape
+    product = torch.bmm(left.transpose(0, 1).flatten(1, 2), right)
+    return product.view(heads, rows, n, -1).transpose(0, 1)
+
+
+def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, int]]:
+    """(rows, their first token, how many tokens): all rows' first few tokens; the rest of those that bring more.
+
+    Rows that bring about as many tokens are padded together; a prompt does not pad the rows under way.
+    """
+    counts = [row.count for row in rows]
+    width = min(max(counts), least) if len(rows) > 1 else max(counts)
+    yield list(range(len(rows))), 0, width
+    left = sorted((i for i, n in enumerate(counts) if n > width), key=lambda i: counts[i])
+    while left:
+        longest = counts[left[-1]] - width
+        together = [i for i in left if 2 * (counts[i] - width) >= longest]
+        yield sorted(together), width, longest
+        left = left[: -len(together)]
+
+
+def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, now: Pass) -> _Group:
+    device = now.rows.device
+    starts = np.cumsum([0, *(row.count for row in rows)])
+    gather, at, tokens = [], [], []
+    for place, number in enumerate(chosen):
+        count = min(rows[number].count - skip, width)
+        first = int(starts[number]) + skip
+        # A padded place repeats the row's last token; what it finds is not read.
+        gather += [first + min(t, count - 1) for t in range(max(width, least))]
+        at += [place * max(width, least) + t for t in range(count)]
+        tokens += [first + t for t in range(count)]
+    width = max(width, least)
+    slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
+    prefixes = [rows[n].prefix for n in chosen]
+    used = sorted(set(prefixes))
+    whole = len(chosen) == len(rows)
+    return _Group(
+        rows=slice(0, len(rows)) if whole else torch.tensor(chosen, device=device),
+        width=width,
+        slots=_up(max(rows[n].past + min(rows[n].count, skip + width) for n in chosen), STRIDE),
+        gather=torch.tensor(gather, device=device),
+        at=torch.tensor(at, device=device),
+        tokens=torch.tensor(tokens, device=device),
+        slot=slot + torch.arange(width, device=device),
+        before=torch.tensor([now.lengths[p] for p in prefixes], device=device),
+        by_prefix=[
+            (u, slice(None) if len(used) == 1 else torch.tensor([i for i, p in enumerate(prefixes) if p == u]))
+            for u in used
+        ],
+    )
+
+
+def rounded(count: int) -> int:
+    """The number of tokens that ``count`` are filled up to: libraries prepare a kernel for each number they meet."""
+    return _up(count, 16 if count <= 128 else 32)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sam_pass: Pass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function under ``NAME``: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+    if sam_pass is None:
+        raise SamError(f"attention {NAME} works only inside sam.decoding")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = sam_pass.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window, softcap)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@contextmanager
+def ragged(model: Any) -> Iterator[None]:
+    """``model`` attends by :class:`Pass` inside; as before afterwards. Raises SamError for a model that cannot."""
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - set(_LAYERS)
+    if kinds or not getattr(model, "_supports_attention_backend", False):
+        why = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "attention that cannot be exchanged"
+        raise SamError(f"{type(model).__name__} has {why}; choose a base model with plain or sliding attention")
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

@@ -1,0 +1,131 @@
+"""Packed linear layers: the same model as in place, and the base as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sam.decoding.packed as packed
+from sam.base import Base, multiplies_bf16
+from sam.decoding.packed import PackedWeights, packs
+from sam.errors import SamError
+from sam.merging import merged
+
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+
+def some_deltas() -> list[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(Q, torch.randn(64, 64, generator=generator)), (UP, torch.randn(112, 64, generator=generator) * 0.1)]
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    found: Tensor = model(ids).logits
+    return found
+
+
+def replaced(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("deltas", [[], some_deltas()])
+def test_exact_is_the_merge_in_place(tiny: Base, deltas: list[tuple[str, Tensor]]) -> None:
+    with merged(tiny.model, deltas):
+        expected = logits(tiny.model)
+    plain = logits(tiny.model)
+    with PackedWeights(tiny.model, "exact") as weights:
+        weights.apply(deltas)
+        assert torch.allclose(logits(tiny.model), expected, atol=1e-4, rtol=1e-5)
+        assert weights.applied == tuple(name for name, _ in deltas)
+    assert torch.equal(logits(tiny.model), plain)
+    assert not replaced(tiny.model)
+    assert (expected - plain).abs().max() > 0.1 or not deltas
+
+
+@pytest.mark.skipif(not packs(), reason="torch has no oneDNN")
+def test_packing_leaves_the_weights_alone(tiny: Base) -> None:
+    before = copy.deepcopy(tiny.model.state_dict())
+    with PackedWeights(tiny.model, "exact") as weights:
+        weights.apply(some_deltas())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())
+        linears = [n for n, m in tiny.model.named_modules() if isinstance(m, nn.Linear)]
+        assert replaced(tiny.model) == linears and "lm_head" in linears
+
+
+def test_several_merges_in_turn(tiny: Base) -> None:
+    weights = PackedWeights(tiny.model, "exact")
+    for deltas in (some_deltas(), [], some_deltas()[1:], some_deltas()):
+        with merged(tiny.model, deltas):
+            expected = logits(tiny.model)
+        weights.apply(deltas)
+        with pytest.raises(SamError, match="already holds a merge"):
+            weights.apply(deltas)
+        found = logits(tiny.model)
+        weights.undo()
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_an_error_in_the_stream_leaves_nothing_behind(tiny: Base) -> None:
+    def breaks() -> Iterator[tuple[str, Tensor]]:
+        yield some_deltas()[0]
+        raise RuntimeError("half way")
+
+    plain = logits(tiny.model)
+    with pytest.raises(RuntimeError, match="half way"):
+        PackedWeights(tiny.model, "exact").apply(breaks())
+    assert not replaced(tiny.model) and torch.equal(logits(tiny.model), plain)
+
+
+@pytest.mark.skipif(not (packs() and multiplies_bf16()), reason="the processor does not multiply bf16")
+def test_fast_is_close_and_keeps_the_head_exact(tiny: Base) -> None:
+    with merged(tiny.model, some_deltas()):
+        expected = logits(tiny.model)
+    with PackedWeights(tiny.model, "fast") as weights:
+        weights.apply(some_deltas())
+        found = logits(tiny.model)
+        hidden = torch.randn(3, 64)
+        assert torch.allclose(tiny.model.lm_head(hidden), hidden @ tiny.model.lm_head.weight.T, atol=1e-5)
+        layer = tiny.model.get_submodule(UP)
+        exact = hidden @ (layer.weight + some_deltas()[1][1]).T
+        difference = (layer(hidden) - exact).abs().max() / exact.abs().max()
+        assert 1e-5 < difference < 1e-2
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mode: str) -> None:
+    with PackedWeights(smollm.model, mode) as weights:
+        weights.apply([])
+        layer = smollm.model.get_submodule("model.layers.3.mlp.down_proj")
+        x = torch.randn(300, layer.in_features)
+        whole = layer(x)
+        for size in (2, 3, 16, 64, 208):  # the engine never asks for one token alone
+            assert torch.equal(layer(x[:size]), whole[:size])
+
+
+def test_without_onednn_merges_are_added_in_place(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "packs", lambda: False)
+    with merged(tiny.model, some_deltas()):
+        expected = logits(tiny.model)
+    with PackedWeights(tiny.model, "fast") as weights:
+        weights.apply(some_deltas())
+        assert torch.equal(logits(tiny.model), expected)
+        assert not replaced(tiny.model)
+
+
+def test_a_half_precision_base_stays_so(tiny: Base) -> None:
+    model = copy.deepcopy(tiny.model).to(torch.bfloat16)
+    with merged(model, some_deltas()):
+        expected = logits(model)
+    with PackedWeights(model, "fast") as weights:
+        weights.apply(some_deltas())
+        found = logits(model)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected.float()).norm() / expected.float().norm() < 0.05
