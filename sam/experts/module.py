@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -11,6 +13,10 @@ from peft import LoraConfig, get_peft_model
 
 from sam.base import Base
 from sam.experts.data import IGNORED, Recipe
+from sam.experts.lean import lean
+
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""The dtype of the large products where it is not the weights', by Lightning's precision."""
 
 
 class ExpertModule(L.LightningModule):
@@ -20,6 +26,7 @@ class ExpertModule(L.LightningModule):
         super().__init__()
         self.base, self.recipe = base, recipe
         self.net: Any = None
+        self.patches = ExitStack()
         # Checkpoints hold the trained tensors only; the frozen base is not in them.
         self.strict_loading = False
 
@@ -39,8 +46,20 @@ class ExpertModule(L.LightningModule):
         self.net = get_peft_model(self.base.model, config)
 
     def on_fit_start(self) -> None:
-        """Lightning leaves a pretrained model in eval mode; training wants train mode throughout."""
+        """Lightning leaves a pretrained model in eval mode; training wants train mode throughout, and the lean way."""
         self.net.train()
+        dtype = MIXED.get(str(self.trainer.precision), self.base.model.dtype)
+        self.patches.enter_context(lean(self.net, dtype))
+
+    def on_fit_end(self) -> None:
+        """The model computes as PEFT has it again."""
+        self.patches.close()
+
+    def unload(self) -> None:
+        """Take the adapter out: leaves the base model's modules and weights as they were."""
+        self.patches.close()
+        if self.net is not None:
+            self.net.unload()
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy over the answer tokens of ``batch`` (see :func:`sam.experts.data.collate`)."""
@@ -62,21 +81,39 @@ class ExpertModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and cosine decay to zero over all steps."""
         trained = [p for p in self.net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, betas=(0.9, 0.98)
-        )
+        # A fused step would unscale gradients itself, after they were clipped.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = adamw(trained, self.recipe, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = max(1, round(self.recipe.warmup * total))
-
-        def scale(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates(self.recipe, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm, also for a fused optimizer, which Lightning's own clipping refuses."""
+        if gradient_clip_val:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def adamw(trained: list[torch.nn.Parameter], recipe: Recipe, fused: bool) -> torch.optim.Optimizer:
+    """AdamW as the recipe has it; ``fused`` takes one step over all tensors, which are many and small."""
+    return torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=fused)
+
+
+def rates(recipe: Recipe, total: int) -> Callable[[int], float]:
+    """The share of the learning rate at each of ``total`` steps: linear warm-up, then cosine decay to zero."""
+    warmup = max(1, round(recipe.warmup * total))
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return scale

@@ -79,11 +79,10 @@ def train_expert(
     heldout = {d: draw_heldout(d, recipe) for domain in domains for d in domain}
     centroid = tuple(round(x, 6) for x in encoder.centroid([s.text for s in sentences], limit=2000))
     try:
-        weights = _fit(module, data, settings, work / digest, checkpoint_every, logger)
+        weights = fit(module, data, settings, work / digest, checkpoint_every, logger)
         config = module.net.peft_config["default"]
     finally:
-        if module.net is not None:
-            module.net.unload()
+        module.unload()
         # Lightning leaves the model on the CPU when it is done.
         base.model.eval().to(base.device)
     del module, data
@@ -138,7 +137,7 @@ def auto_precision(chosen: str, device: str) -> str:
     return "bf16-mixed" if multiplies_bf16() else "32-true"
 
 
-def _fit(
+def fit(
     module: ExpertModule, data: ExpertDataModule, settings: Mapping[str, Any], work: Path, every: int, logger: Any
 ) -> dict[str, torch.Tensor]:
     """Fit, from the last checkpoint if there is one; returns the adapter's tensors in PEFT's naming."""

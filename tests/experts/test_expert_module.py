@@ -86,7 +86,7 @@ def test_every_expert_starts_from_the_same_factors_drawn_by_the_seed(tiny: Base)
 
 def test_learning_rate_warms_up_and_decays_to_nothing(module: ExpertModule) -> None:
     module.recipe = dataclasses.replace(module.recipe, lr=0.1, warmup=0.2, weight_decay=0.5)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=10)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10, precision="32-true")  # type: ignore[assignment]
     found = module.configure_optimizers()
     optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
     rates = []

@@ -177,6 +177,17 @@ def test_exception_leaves_the_base_model_and_the_next_run_goes_on(
     assert not list((tmp_path / "work").iterdir())
 
 
+def test_in_bf16_too_the_next_run_goes_on_to_the_same_weights(tiny: Base, whole: Path, tmp_path: Path) -> None:
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "bf16-mixed", "enable_progress_bar": False}
+    folder, _ = run(tiny, tmp_path / "once" / "out", tmp_path / "once" / "work", trainer=trainer)
+    before = copy.deepcopy(tiny.model.state_dict())
+    interrupted(tiny, tmp_path, "step 13", trainer=trainer)
+    assert all(torch.equal(tiny.model.state_dict()[n], before[n]) for n in before)
+    resumed, card = run(tiny, tmp_path / "out", tmp_path / "work", trainer=trainer)
+    assert weights(resumed) == weights(folder) != weights(whole)
+    assert card.recipe["precision"] == "bf16-mixed"
+
+
 def test_keyboard_interrupt_ends_training_without_an_expert(tiny: Base, tmp_path: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt

@@ -1,0 +1,150 @@
+"""Training a LoRA expert: tokens a second, loss and peak memory, against transformers' ``Trainer`` on the PEFT model.
+
+Every contestant trains in a process of its own on the same batches in the same order, from the same factors, with the
+same optimizer and learning rates. Tokens are those that are not padding, seconds those of the fit or train call,
+without loading; the peak is the process's. The text is conll2003's where ``SAM_MIRROR`` names a mirror of the corpora,
+else the embedded mini benchmark's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from experiments.bench.harness import PEAK, Contestant, Figures, Options, Report, compete, joined
+from sam.base import BaseSpec, device_of, folder, load
+from sam.errors import SamError
+from sam.experts.data import Example, ExpertDataModule, Recipe, Renderer, batches
+from sam.experts.module import ExpertModule, rates
+from sam.experts.train import auto_precision, fit
+from sam.launch import compose
+from sam.results import peak_memory_mb
+from sam.seeding import rng
+from sam.targets import mini
+
+ROOT = Path(__file__).parents[2]
+STEPS, QUICK_STEPS = 60, 3
+BATCH_SIZES = (2, 4)
+"""The shipped recipe's, and one that keeps the processor busier."""
+DATASET = "conll2003"
+MINI = ("ai", "literature", "movie", "music", "politics", "restaurant", "science")
+OURS = ("experiments.bench.train",)
+PEER = "experiments.bench._train_peer"
+Plan = Sequence[Sequence[Example]]
+
+
+def run(options: Options) -> Report:
+    """A case for each batch size, with every contestant once a round."""
+    steps = QUICK_STEPS if options.quick else STEPS
+    config = compose("base=smollm2_135m")
+    reports = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in BATCH_SIZES:
+            recipe = Recipe(sentences=steps * size, batch_size=size)
+            job = Path(scratch) / f"{size}.json"
+            job.write_text(json.dumps(describe(config, recipe, make_plan(config["base"], recipe))))
+            reports.append(_case(job, f"batch of {size}", options.rounds))
+    notes = {"text": DATASET if _mirrored() else "mini benchmark", "steps": steps, "loss": "mean over the steps"}
+    gaps = {f"loss against the peers, {r.cases[0].name}": _loss_gap(r) for r in reports}
+    return joined(reports, notes | gaps)
+
+
+def _case(job: Path, name: str, rounds: int) -> Report:
+    ours = Contestant("ExpertModule", partial(_in_process, OURS, job), ours=True)
+    peers = [
+        Contestant(f"transformers Trainer, {dtype}", partial(_in_process, (PEER, dtype), job))
+        for dtype in ("bf16", "fp32")
+    ]
+    return compete([ours, *peers], rounds, "tokens_per_s", True, case=name)
+
+
+def _loss_gap(report: Report) -> str:
+    """How far our mean loss lies from each peer's."""
+    (case,) = report.cases
+    own = case.medians(case.ours or "")["loss"]
+    return ", ".join(f"{own - case.medians(peer)['loss']:+.4f} to {peer}" for peer in case.peers)
+
+
+def _mirrored() -> bool:
+    return bool(os.environ.get("SAM_MIRROR"))
+
+
+def make_plan(base: Mapping[str, Any], recipe: Recipe) -> Plan:
+    """The batches that every contestant trains on."""
+    tokenizer = AutoTokenizer.from_pretrained(folder(BaseSpec.from_config(base)))
+    if _mirrored():
+        data = ExpertDataModule([[DATASET]], tokenizer, tokenizer.eos_token_id, recipe)
+        data.setup()
+        return data.plan
+    render = Renderer(tokenizer, tokenizer.eos_token_id, recipe)
+    examples = [render(s, target.types, 0) for target in map(mini, MINI) for s in target.sentences]
+    return batches(examples[: recipe.sentences], recipe.batch_size, rng(recipe.seed, "batches", 0))
+
+
+def describe(config: Mapping[str, Any], recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """All that a contestant's process has to know; ``rates`` are the learning rates' shares at each step."""
+    scale = rates(recipe, len(plan))
+    return {
+        "base": config["base"],
+        "trainer": config["trainer"],
+        "recipe": recipe.to_dict(),
+        "rates": [scale(step) for step in range(len(plan) + 1)],
+        "plan": [[[list(example.ids), example.answer] for example in batch] for batch in plan],
+    }
+
+
+def _in_process(command: Sequence[str], job: Path) -> Figures:
+    """One round: the figures from what a process of its own prints on its last line."""
+    arguments = [sys.executable, "-m", *command, str(job)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SamError(f"{' '.join(command)} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    losses = found["losses"]
+    last = losses[-max(1, len(losses) // 4) :]
+    tokens = sum(len(ids) for batch in json.loads(job.read_text())["plan"] for ids, _ in batch)
+    return {
+        "tokens_per_s": tokens / found["seconds"],
+        "loss": sum(losses) / len(losses),
+        "loss_last_quarter": sum(last) / len(last),
+        PEAK: found["peak_mb"],
+    }
+
+
+def train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Train as ``run.py task=train`` does: seconds of the fit, the loss of each step, the process's peak in MiB."""
+    losses: list[torch.Tensor] = []
+
+    class Recorded(ExpertModule):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            losses.append(loss.detach())
+            return loss
+
+    recipe = Recipe(**job["recipe"])
+    base = load(BaseSpec.from_config(job["base"]), device_of(job["trainer"]["accelerator"]))
+    module = Recorded(base, recipe)
+    module.configure_model()  # the peer's adapter, too, is there when its clock starts
+    data = ExpertDataModule([], base.tokenizer, base.stop_ids[0], recipe)
+    data.plan = [[Example(tuple(ids), answer) for ids, answer in batch] for batch in job["plan"]]
+    settings = {**job["trainer"], "precision": auto_precision(job["trainer"]["precision"], base.device)}
+    start = time.perf_counter()
+    fit(module, data, settings, folder, every=25, logger=False)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "losses": [loss.item() for loss in losses], PEAK: peak_memory_mb()}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(train(json.loads(Path(sys.argv[1]).read_text()), Path(scratch))))
