@@ -32,13 +32,21 @@ LIMIT = 160
 DTYPES = ("float32", "bfloat16")
 SIZES = (8, 16, 32, 64)
 
+SCOUTED = 64
+RATE = "sentences_per_s"
+
+Parts = Sequence[tuple[str, str]]
+Work = Callable[[], list[Answer]]
 Asked = tuple[tuple[str, ...], Sentence]
 
 
 def run(options: Options) -> Report:
-    """One case with every setting of the peer, and what the answers' agreement and F1 are."""
+    """A scouting case with every setting of the peer, then each of our modes against the best setting it has to meet.
+
+    ``exact`` meets fp32 ``generate`` at its best batch size, ``fast`` the best of all settings.
+    """
     config = compose("experts=shipped")
-    sentences, source = sample(24 if options.quick else SENTENCES)
+    asked, source = sample(24 if options.quick else SENTENCES)
     base = load(BaseSpec.from_config(config["base"]), "auto")
     adapter = AdapterDeltas.open(Pool(config["experts"]["path"]).folder("unified"))
     answers: dict[str, list[Answer]] = {}
@@ -46,17 +54,30 @@ def run(options: Options) -> Report:
     def modules() -> Iterator[tuple[str, torch.Tensor]]:
         return merge_modules([adapter], ["unified"], MergeSpec("linear"))
 
-    parts = [(prompts.prefix(types), prompts.suffix(s.text)) for types, s in sentences]
-    ours = {f"sam {mode}": _ours(base, mode, parts, modules, answers) for mode in ("exact", "fast")}
-    peers = _peers(base, parts, modules, answers, options)
-    reports = []
-    for name, one in ours.items():
-        others = peers if name == "sam fast" else [p for p in peers if "float32" in p.name]
-        everyone = [Contestant(name, one, ours=True), *others]
-        reports.append(
-            compete(everyone, options.rounds, "sentences_per_s", True, case=f"{name}, {len(parts)} sentences")
-        )
-    return joined(reports, {"sentences": source, **agreement(answers, sentences)})
+    parts = [(prompts.prefix(types), prompts.suffix(s.text)) for types, s in asked]
+    models = _copies(base, modules)
+    few = parts[:: max(1, len(parts) // (8 if options.quick else SCOUTED))]
+    sizes = SIZES[1:2] if options.quick else SIZES
+    settings = {f"generate {dtype} batch {size}": (dtype, size) for dtype in DTYPES for size in sizes}
+    scouts = [
+        Contestant(name, _rated(_peer(base, models[dtype], few, size), len(few)))
+        for name, (dtype, size) in settings.items()
+    ]
+    scouting = compete(scouts, 1, RATE, True, case=f"scouting, {len(few)} sentences")
+    (case,) = scouting.cases
+    ranked = sorted(settings, key=lambda name: -case.medians(name)[RATE])
+    best = {"exact": next(name for name in ranked if settings[name][0] == "float32"), "fast": ranked[0]}
+    reports = [scouting]
+    for mode, name in best.items():
+        dtype, size = settings[name]
+        peer = _keeping(_peer(base, models[dtype], parts, size), answers, name)
+        ours = _keeping(_ours(base, mode, parts, modules), answers, f"sam {mode}")
+        everyone = [
+            Contestant(f"sam {mode}", _rated(ours, len(parts)), ours=True),
+            Contestant(name, _rated(peer, len(parts))),
+        ]
+        reports.append(compete(everyone, options.rounds, RATE, True, case=f"{mode}, {len(parts)} sentences"))
+    return joined(reports, {"sentences": source, **agreement(answers, asked)})
 
 
 def sample(count: int) -> tuple[list[Asked], str]:
@@ -84,47 +105,34 @@ def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[
     return notes
 
 
-def _ours(
-    base: Base, mode: str, parts: list[tuple[str, str]], modules: Callable[[], Any], answers: dict[str, list[Answer]]
-) -> Callable[[], Figures]:
+def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any]) -> Work:
     weights = PackedWeights(base.model, mode)
 
-    def work() -> None:
+    def work() -> list[Answer]:
         with weights:
             weights.apply(modules())
-            answers[f"sam {mode}"] = decode_prompts(base, parts, DecodeSpec(max_new_tokens=LIMIT, mode=mode))
+            return decode_prompts(base, parts, DecodeSpec(max_new_tokens=LIMIT, mode=mode))
 
-    return _rated(work, len(parts))
+    return work
 
 
-def _peers(
-    base: Base,
-    parts: list[tuple[str, str]],
-    modules: Callable[[], Any],
-    answers: dict[str, list[Answer]],
-    options: Options,
-) -> list[Contestant]:
-    """``generate`` at each dtype and batch size; the model in bf16 is a copy."""
-    sizes = SIZES[1:2] if options.quick else SIZES
+def _copies(base: Base, modules: Callable[[], Any]) -> dict[str, Any]:
+    """The merged model for the peer, in each dtype."""
     with merged(base.model, modules()):
         state = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    found = []
+    models = {}
     for dtype in DTYPES:
         model = type(base.model)(base.model.config).to(getattr(torch, dtype))
         model.load_state_dict(state)
-        model.tie_weights()
         model.generation_config = base.model.generation_config
-        model.eval().to(base.device)
-        for size in sizes:
-            name = f"generate {dtype} batch {size}"
-            found.append(Contestant(name, _rated(_peer(base, model, parts, size, answers, name), len(parts))))
-    return found
+        models[dtype] = model.eval().to(base.device)
+    return models
 
 
-def _peer(
-    base: Base, model: Any, parts: list[tuple[str, str]], size: int, answers: dict[str, list[Answer]], name: str
-) -> Callable[[], None]:
-    def work() -> None:
+def _peer(base: Base, model: Any, parts: Parts, size: int) -> Work:
+    """Batches of ``size`` sentences of similar length."""
+
+    def work() -> list[Answer]:
         rows = [
             base.tokenizer(prefix).input_ids + base.tokenizer(suffix, add_special_tokens=False).input_ids
             for prefix, suffix in parts
@@ -133,11 +141,18 @@ def _peer(
         out: dict[int, Answer] = {}
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            for i, answer in zip(chosen, _generate(base, model, [rows[i] for i in chosen]), strict=True):
-                out[i] = answer
-        answers[name] = [out[i] for i in range(len(rows))]
+            out.update(zip(chosen, _generate(base, model, [rows[i] for i in chosen]), strict=True))
+        return [out[i] for i in range(len(rows))]
 
     return work
+
+
+def _keeping(work: Work, answers: dict[str, list[Answer]], name: str) -> Work:
+    def kept() -> list[Answer]:
+        answers[name] = work()
+        return answers[name]
+
+    return kept
 
 
 def _generate(base: Base, model: Any, rows: list[list[int]]) -> list[Answer]:
@@ -160,11 +175,11 @@ def _generate(base: Base, model: Any, rows: list[list[int]]) -> list[Answer]:
     return answers
 
 
-def _rated(work: Callable[[], None], sentences: int) -> Callable[[], Figures]:
+def _rated(work: Work, sentences: int) -> Callable[[], Figures]:
     once = measured(work)
 
     def rated() -> Figures:
         figures = once()
-        return {**figures, "sentences_per_s": sentences / figures["seconds"]}
+        return {**figures, RATE: sentences / figures["seconds"]}
 
     return rated

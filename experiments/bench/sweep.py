@@ -1,0 +1,70 @@
+"""A k by merge sweep of fifteen jobs against one job, each a fresh process without kept answers.
+
+There is no peer: the goal is a ratio to ourselves. A sweep shares its base model, embeddings and the experts' sampled
+answers, models that are equal are answered once, and a sibling's answers are guesses at the next model's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments.bench.harness import Contestant, Figures, Options, Report, compete, joined
+from sam.errors import SamError
+from sam.paths import cache_dir
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ["-m", "merge=ties,dare,linear", "k=1,2,3,4,6", "sweep=bench"]
+GOAL = 6.0
+"""The most single jobs that fifteen may cost."""
+
+
+def run(options: Options) -> Report:
+    """One case; the note says how many single jobs the sweep costs."""
+    limit = ["limit=4"] if options.quick else []
+    rounds = 1 if options.quick else min(options.rounds, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = _models(Path(folder))
+        contestants = [
+            Contestant("15 jobs", _timed([*SWEEP, *limit], cache), ours=True),
+            Contestant("one job", _timed([*limit], cache)),
+        ]
+        report = compete(contestants, rounds, "seconds", False, case="15 jobs and one", warmup=0, device="cpu")
+    (case,) = report.cases
+    ratio = case.medians("15 jobs")["seconds"] / case.medians("one job")["seconds"]
+    met = "met" if ratio <= GOAL else "missed"
+    return joined([report], {"15 jobs cost": f"{ratio:.1f} single jobs (goal {GOAL:g}, {met})"})
+
+
+def _models(folder: Path) -> Path:
+    """A cache directory with the converted models of the user's, and no answers."""
+    for name in ("models", "fingerprints"):
+        if not (cache_dir() / name).is_dir():
+            raise SamError("the base model is not converted yet; run `python run.py limit=1` once")
+        (folder / name).symlink_to(cache_dir() / name, target_is_directory=True)
+    return folder
+
+
+def _timed(arguments: Sequence[str], cache: Path) -> Callable[[], Figures]:
+    def once() -> Figures:
+        for kept in cache.glob("answers.sqlite*"):
+            kept.unlink()
+        out = tempfile.mkdtemp()
+        command = [sys.executable, "run.py", *arguments, "logger=none"]
+        command += [f"hydra.run.dir={out}", f"hydra.sweep.dir={out}"]
+        start = time.perf_counter()
+        try:
+            subprocess.run(
+                command, cwd=ROOT, env={**os.environ, "SAM_CACHE": str(cache)}, stdout=subprocess.DEVNULL, check=True
+            )
+            return {"seconds": time.perf_counter() - start}
+        finally:
+            shutil.rmtree(out)
+
+    return once
