@@ -159,6 +159,8 @@ def _converted(spec: BaseSpec) -> Path:
             raise SamError(
                 f"base={spec.name}: the weights have sha256 {found}, expected {spec.sha256}; reinstall: {spec.install}"
             )
+        for rest in target.parent.glob(f".{target.name}-*"):
+            shutil.rmtree(rest, ignore_errors=True)  # of a conversion that was killed; the lock is ours
         log.info("Converting %s to safetensors (once, into %s)", spec.name, target)
         with staged(target) as stage:
             _convert(parts, stage)

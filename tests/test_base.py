@@ -112,6 +112,14 @@ def test_converts_once(wheel: BaseSpec) -> None:
     assert (first / MANIFEST).is_file() and calls(wheel) == 1
 
 
+def test_what_a_killed_conversion_left_is_removed(wheel: BaseSpec, tmp_path: Path) -> None:
+    path = folder(wheel)
+    left = path.with_name(f".{path.name}-abc")
+    path.rename(left)
+    assert folder(wheel) == path
+    assert (path / MANIFEST).is_file() and not left.exists()
+
+
 def test_two_processes_convert_once(wheel: BaseSpec, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=folder, args=(wheel,)) for _ in range(2)]

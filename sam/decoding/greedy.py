@@ -121,7 +121,9 @@ class _Run:
         self.waiting = sorted(waiting, key=lambda row: (row.prefix, -len(row.suffix), row.index), reverse=True)
         self.rows: list[_Row] = []
         config = base.model.config
-        self.share = config.num_attention_heads // config.num_key_value_heads
+        self.share = config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
         self.stops = frozenset(base.stop_ids)
         slots = max(len(row.suffix) for row in waiting) + spec.max_new_tokens
         self.cache = KeyValues(min(spec.batch_size, len(parts)), slots)

@@ -229,6 +229,12 @@ def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, le
     slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
     prefixes = [rows[n].prefix for n in chosen]
     used = sorted(set(prefixes))
+
+    def among(prefix: int) -> Tensor | slice:
+        if len(used) == 1:
+            return slice(None)
+        return torch.tensor([i for i, p in enumerate(prefixes) if p == prefix], device=device)
+
     whole = len(chosen) == len(rows)
     return _Group(
         rows=slice(0, len(rows)) if whole else torch.tensor(chosen, device=device),
@@ -239,10 +245,7 @@ def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, le
         tokens=torch.tensor(tokens, device=device),
         slot=slot + torch.arange(width, device=device),
         before=torch.tensor([now.lengths[p] for p in prefixes], device=device),
-        by_prefix=[
-            (u, slice(None) if len(used) == 1 else torch.tensor([i for i, p in enumerate(prefixes) if p == u]))
-            for u in used
-        ],
+        by_prefix=[(u, among(u)) for u in used],
     )
 
 
