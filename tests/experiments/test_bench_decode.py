@@ -1,0 +1,36 @@
+"""The decoding benchmark's arithmetic; no timing."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.bench.decode import _generate, agreement, sample
+from sam import prompts
+from sam.base import Base
+from sam.decoding import DecodeSpec
+from sam.decoding.greedy import Answer, decode_prompts
+from sam.ner import Mention, Sentence
+
+
+def test_without_the_corpora_the_sentences_are_the_mini_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAM_MIRROR", "/nowhere")
+    asked, source = sample(20)
+    assert source == "mini benchmark" and len(asked) == 20
+    assert len({types for types, _ in asked}) > 5
+
+
+def test_agreement_is_with_fp32_generate() -> None:
+    asked = [(("person",), Sentence(str(n), "Ada sang.", (Mention(0, 3, "person"),))) for n in range(4)]
+    right, wrong = Answer(' {"person": ["Ada"]}', False), Answer(" {}", False)
+    notes = agreement({"sam fast": [right, right, wrong, wrong], "generate float32 batch 8": [right] * 4}, asked)
+    assert notes["sam fast"] == "50.0 % of answers as fp32 generate, F1 66.7"
+    assert notes["generate float32 batch 8"] == "100.0 % of answers as fp32 generate, F1 100.0"
+
+
+def test_the_peer_answers_as_we_do(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.bench.decode.LIMIT", 12)
+    parts = [
+        (prompts.prefix(["person"]), prompts.suffix(text)) for text in ("Ada sang.", "x", "A longer one, in London.")
+    ]
+    rows = [[t for part in both for t in tiny.tokenizer(part).input_ids] for both in parts]
+    assert _generate(tiny, tiny.model, rows) == decode_prompts(tiny, parts, DecodeSpec(12, 4))
