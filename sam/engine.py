@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -139,8 +139,10 @@ class Engine:
         earlier = [self._latest.get(prefix + suffix, "") for prefix, suffix in parts]
         try:
             self._apply(key, experts, merge)
-            with self.timed("decode"):
-                for index, answer in stream(self.base, parts, self.decoding, self._drafter, earlier):
+            # Closed at once, whatever happens: an open stream holds the model's attention.
+            answering = closing(stream(self.base, parts, self.decoding, self._drafter, earlier))
+            with self.timed("decode"), answering as found:
+                for index, answer in found:
                     answers[names[index]] = unkept[names[index]] = (answer.text, answer.truncated)
                     if len(unkept) >= KEEP_EVERY:
                         self._keep(unkept)

@@ -285,6 +285,21 @@ def test_answers_are_kept_as_they_come(engine: MakeEngine, store: AnswerStore, m
     assert counts(again) == {"decoded": 2, "reused": 2}
 
 
+def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> None:
+    one = engine()
+    before = one.base.model.config._attn_implementation
+
+    def stops(done: int) -> None:
+        if one.counts["decoded"] or done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        one.predict(["news"], SINGLE, TYPES, TEXTS, stops)
+    # The traceback, which is alive here, holds the frames of the run.
+    assert kept.tb is not None
+    assert one.base.model.config._attn_implementation == before
+
+
 def test_a_long_run_keeps_answers_before_its_end(
     engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
