@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any
 
-from sam import prompts
+from sam import grammar, prompts
 from sam.base import Base, BaseSpec, device_of, fingerprint, folder, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.decoding.drafts import Drafter
@@ -137,10 +137,11 @@ class Engine:
         parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in asked.values()]
         # Another model's answer to the same prompt is a guess at this one's.
         earlier = [self._latest.get(prefix + suffix, "") for prefix, suffix in parts]
+        automata = grammar.automata(asked.values()) if self.decoding.constrained else None
         try:
             self._apply(key, experts, merge)
             # Closed at once, whatever happens: an open stream holds the model's attention.
-            answering = closing(stream(self.base, parts, self.decoding, self._drafter, earlier))
+            answering = closing(stream(self.base, parts, self.decoding, self._drafter, earlier, automata))
             with self.timed("decode"), answering as found:
                 for index, answer in found:
                     answers[names[index]] = unkept[names[index]] = (answer.text, answer.truncated)

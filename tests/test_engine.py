@@ -211,8 +211,9 @@ def test_only_missing_answers_are_decoded(engine: MakeEngine, store: AnswerStore
         {"types": ("place", "person")},
         {"types": ("person",)},
         {"decoding": DecodeSpec(max_new_tokens=9, batch_size=2, mode="exact")},
+        {"decoding": DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact", constrained=True)},
     ],
-    ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length"],
+    ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length", "constrained"],
 )
 def test_an_answer_is_not_reused_where_something_can_change_it(
     engine: MakeEngine, store: AnswerStore, changed: dict[str, Any]

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from sam import prompts
+from sam import grammar, prompts
 from sam.base import Base
+from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Memory
 from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
@@ -39,7 +41,8 @@ def decode(
     promise). ``progress`` is called with the number of answers done.
     """
     prefix = prompts.prefix(types)
-    return decode_prompts(base, [(prefix, prompts.suffix(text)) for text in texts], spec, progress)
+    automata = grammar.automata((types, text) for text in texts) if spec.constrained else None
+    return decode_prompts(base, [(prefix, prompts.suffix(text)) for text in texts], spec, progress, automata)
 
 
 def decode_prompts(
@@ -47,10 +50,11 @@ def decode_prompts(
     parts: Sequence[tuple[str, str]],
     spec: DecodeSpec,
     progress: Callable[[int], None] | None = None,
+    automata: Sequence[Automaton] | None = None,
 ) -> list[Answer]:
     """As :func:`decode`, for prompts given as (prefix, suffix)."""
     answers: dict[int, Answer] = {}
-    for index, answer in stream(base, parts, spec):
+    for index, answer in stream(base, parts, spec, automata=automata):
         answers[index] = answer
         if progress:
             progress(1)
@@ -63,15 +67,20 @@ def stream(
     spec: DecodeSpec,
     drafter: Drafter | None = None,
     earlier: Sequence[str] | None = None,
+    automata: Sequence[Automaton] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """(index into ``parts``, answer) as each is done.
 
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
     model's; no answer depends on them. A model without packed layers works as well (see :mod:`sam.decoding.packed`).
+    ``automata``: the language of each prompt's answer, which ``spec.constrained`` needs and nothing else may have.
     """
+    if spec.constrained != (automata is not None):
+        raise ValueError(f"constrained={spec.constrained} with {'no ' if automata is None else ''}automata")
     if not parts:
         return
-    run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts))
+    held = None if automata is None else walks(base, automata)
+    run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts), held)
     with ragged(base.model):
         while run.waiting or run.rows:
             # Around each pass only: the caller's code between two answers is not in inference mode.
@@ -88,6 +97,7 @@ class _Row:
     prefix: int
     suffix: list[int]
     memory: Memory
+    walk: Walk | None = None
     past: int = 0
     made: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
@@ -108,6 +118,7 @@ class _Run:
         spec: DecodeSpec,
         drafter: Drafter,
         earlier: Sequence[str],
+        held: Sequence[Walk] | None,
     ) -> None:
         self.base, self.spec, self.drafter = base, spec, drafter
         heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
@@ -116,7 +127,8 @@ class _Run:
         for index, (prefix, text) in enumerate(parts):
             suffix = _ids(base, text)
             known = [*_ids(base, earlier[index]), base.stop_ids[0]] if earlier[index] else []
-            waiting.append(_Row(index, heads[prefix], suffix, Memory(suffix, known)))
+            walk = held[index] if held else None
+            waiting.append(_Row(index, heads[prefix], suffix, Memory(suffix, known), walk))
         # Prefix by prefix, the longest first: the peak of memory is met early, and neighbours are of a length.
         self.waiting = sorted(waiting, key=lambda row: (row.prefix, -len(row.suffix), row.index), reverse=True)
         self.rows: list[_Row] = []
@@ -139,6 +151,8 @@ class _Run:
         least = _worth(len(self.rows), self.base.device)
         for row in self.rows:
             row.draft = self.drafter.guess(row.memory, self.spec.max_new_tokens - len(row.made) - 1, least)
+            if row.walk:
+                row.draft = row.walk.possible(row.draft)
         # Of a prompt only the last token's successor is asked for; of a draft, every token's.
         keep: list[int] = []
         at = 0
@@ -146,9 +160,14 @@ class _Run:
             at += len(row.feed())
             keep += range(at - len(row.draft) - 1, at)
         rows = [Row(len(row.feed()), row.past, row.prefix) for row in self.rows]
-        chosen = iter(self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep))
+        logits = self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep)
+        likeliest = logits.argmax(-1).tolist()
+        at = 0
         for row in self.rows:
-            self._advance(row, [next(chosen) for _ in range(1 + len(row.draft))])
+            asked = slice(at, at + 1 + len(row.draft))
+            chosen = likeliest[asked]
+            self._advance(row, row.walk.choose(row.draft, chosen, logits[asked]) if row.walk else chosen)
+            at = asked.stop
         for place in reversed(range(len(self.rows))):
             if self.rows[place].ended:
                 self._leave(place)
@@ -157,7 +176,8 @@ class _Run:
         """The answers that the last pass ended."""
         for row in self._ended:
             stopped = row.made[-1] in self.stops
-            text = self.base.tokenizer.decode(row.made[:-1] if stopped else row.made, skip_special_tokens=True)
+            made = row.made[:-1] if stopped else row.made
+            text = row.walk.text(made) if row.walk else self.base.tokenizer.decode(made, skip_special_tokens=True)
             yield row.index, Answer(text, truncated=not stopped)
         self._ended = []
 
@@ -183,8 +203,8 @@ class _Run:
         self.shared.copy_from(lone, number, len(ids))
         self.lengths[number] = len(ids)
 
-    def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> list[int]:
-        """Run ``ids`` through the model; returns the likeliest successor of those at ``keep``."""
+    def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> Tensor:
+        """Run ``ids`` through the model; returns the logits [len(keep), vocabulary] after those at ``keep``."""
         device = self.base.device
         now = Pass(cache, self.shared, self.lengths, rows, self.share, device)
         out = self.base.model(
@@ -194,7 +214,7 @@ class _Run:
             logits_to_keep=torch.tensor([*keep, *[keep[-1]] * (rounded(len(keep)) - len(keep))], device=device),
             sam_pass=now,
         )
-        return out.logits[0, : len(keep)].argmax(-1).tolist()
+        return out.logits[0, : len(keep)]
 
     def _advance(self, row: _Row, chosen: Sequence[int]) -> None:
         """Take what the pass found: the draft as far as it is what greedy decoding would write, and one token more."""

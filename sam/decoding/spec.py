@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sam.errors import SamError
+from sam.grammar import GRAMMAR_VERSION
 
 MODES = ("exact", "fast")
 
@@ -16,11 +17,13 @@ class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect).
 
     ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` in bf16 where a CPU does so itself.
+    ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language.
     """
 
     max_new_tokens: int = 160
     batch_size: int = 64
     mode: str = "fast"
+    constrained: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
@@ -28,6 +31,8 @@ class DecodeSpec:
         spec = cls(**config)
         if spec.mode not in MODES:
             raise SamError(f"decode.mode={spec.mode} is unknown; allowed: {', '.join(MODES)}")
+        if not isinstance(spec.constrained, bool):
+            raise SamError(f"decode.constrained={spec.constrained} must be true or false")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(spec, name) < 1:
                 raise SamError(f"decode.{name}={getattr(spec, name)} must be at least 1")
@@ -45,10 +50,12 @@ class DecodeSpec:
         # On a GPU, or with a model in half precision, rounding depends on what else is in a batch, and can change the
         # choice of a token.
         batch = {} if dtype == "float32" else {"batch_size": self.batch_size}
+        language = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
         kind = torch.device(device).type
         half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and packs() and multiplies_bf16()
         return {
             **batch,
+            **language,
             "method": "greedy",
             "max_new_tokens": self.max_new_tokens,
             "dtype": "bfloat16 products" if half else dtype,
