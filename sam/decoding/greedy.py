@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +68,7 @@ def stream(
     drafter: Drafter | None = None,
     earlier: Sequence[str] | None = None,
     automata: Sequence[Automaton] | None = None,
-) -> Iterator[tuple[int, Answer]]:
+) -> Generator[tuple[int, Answer], None, None]:
     """(index into ``parts``, answer) as each is done.
 
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
