@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -46,9 +46,9 @@ class Engine:
         self._drafter = Drafter()
         self._latest: dict[str, str] = {}  # prompt -> the last answer to it, of whatever model
 
-    def begin(self, store: AnswerStore | None) -> None:
-        """Serve another job: its own store, seconds and counts."""
-        self.store = store
+    def begin(self, pool: Pool, store: AnswerStore | None) -> None:
+        """Serve another job: its own cards (of the same adapters), store, seconds and counts."""
+        self.pool, self.store = pool, store
         self.seconds.clear()
         self.counts.clear()
 
@@ -140,10 +140,8 @@ class Engine:
         automata = grammar.automata(asked.values()) if self.decoding.constrained else None
         try:
             self._apply(key, experts, merge)
-            # Closed at once, whatever happens: an open stream holds the model's attention.
-            answering = closing(stream(self.base, parts, self.decoding, self._drafter, earlier, automata))
-            with self.timed("decode"), answering as found:
-                for index, answer in found:
+            with self.timed("decode"):
+                for index, answer in stream(self.base, parts, self.decoding, self._drafter, earlier, automata):
                     answers[names[index]] = unkept[names[index]] = (answer.text, answer.truncated)
                     if len(unkept) >= KEEP_EVERY:
                         self._keep(unkept)

@@ -10,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from sam import prompts
 from sam.base import Base
-from sam.decoding import DecodeSpec, ragged
+from sam.decoding import DecodeSpec, greedy, ragged
 from sam.decoding.drafts import Drafter, Memory
 from sam.decoding.greedy import Answer, decode, decode_prompts, stream
+from sam.decoding.packed import PackedWeights
 from sam.decoding.ragged import rounded
 from sam.errors import SamError
 
@@ -276,13 +286,66 @@ def test_layers_of_other_kinds_are_refused(sliding: Base) -> None:
         sliding.model.config.layer_types = kinds
 
 
+def test_an_empty_prompt_is_refused(tiny: Base) -> None:
+    for part in (("", "x"), ("x", "")):
+        with pytest.raises(SamError, match="no tokens"):
+            decode_prompts(tiny, [("a", "b"), part], DecodeSpec(4))
+
+
+def test_a_model_without_shared_key_heads(tiny: Base) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tiny.tokenizer), n_embd=64, n_layer=2, n_head=4, initializer_range=0.3)
+    )
+    base = numbers(tiny, model=model.eval())
+    assert decode(base, TYPES, TEXTS[:6], DecodeSpec(12, 4)) == [oracle(base, t, 12) for t in TEXTS[:6]]
+
+
+def test_attention_sinks_are_refused(tiny: Base) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = GptOssForCausalLM(
+        GptOssConfig(vocab_size=len(tiny.tokenizer), num_hidden_layers=2, head_dim=16, num_local_experts=2, **sizes)
+    )
+    with pytest.raises(SamError, match="s_aux"):
+        decode(numbers(tiny, model=model.eval()), TYPES, TEXTS[:2], DecodeSpec(4))
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_logits_are_the_same_to_the_bit_in_any_company(
+    smollm: Base, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The sum of a product's terms must not depend on what else is in the pass (LEAST, STRIDE and CHUNK see to it)."""
+    prefixes = [prompts.prefix(TYPES), prompts.prefix([f"kind {n}" for n in range(30)])]
+    parts = [(p, prompts.suffix(t)) for t in (*TEXTS[:3], TEXTS[3] * 9) for p in prefixes]
+    forward, seen = greedy._Run._forward, {}
+
+    def watched(self: Any, cache: Any, rows: Any, ids: Any, keep: Any) -> torch.Tensor:
+        logits = forward(self, cache, rows, ids, keep)
+        if cache is self.cache:
+            places = [(row.index, *row.made, *row.draft[:n]) for row in self.rows for n in range(1 + len(row.draft))]
+            seen.update({place: logits[n].clone() for n, place in enumerate(places)})
+        return logits
+
+    monkeypatch.setattr(greedy._Run, "_forward", watched)
+    found = []
+    with PackedWeights(smollm.model, mode) as weights:
+        weights.apply([])
+        for size, drafter in ((1, Silent()), (8, Drafter())):
+            dict(stream(smollm, parts, DecodeSpec(8, size, mode), drafter))
+            found.append(dict(seen))
+            seen.clear()
+    shared = set(found[0]) & set(found[1])
+    assert len(shared) > 30
+    assert all(torch.equal(found[0][place], found[1][place]) for place in shared)
+
+
 def test_attention_is_given_back(tiny: Base) -> None:
     before = tiny.model.config._attn_implementation
     ids = torch.tensor([[5, 6, 7]])
     expected = tiny.model(ids).logits
     steps = stream(tiny, [(prompts.prefix(TYPES), prompts.suffix(t)) for t in TEXTS], DecodeSpec(4, 2))
-    next(steps)
-    steps.close()
+    next(steps)  # the stream is open still
     assert tiny.model.config._attn_implementation == before
     assert torch.equal(tiny.model(ids).logits, expected)
 
@@ -333,13 +396,17 @@ def test_spec_from_config() -> None:
 
 def test_canonical_decoding_tells_modes_apart_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, exact = DecodeSpec(5, 2, "fast"), DecodeSpec(5, 2, "exact")
-    monkeypatch.setattr("sam.base.multiplies_bf16", lambda: True)
-    monkeypatch.setattr("sam.decoding.packed.packs", lambda: True)
+    monkeypatch.setattr("sam.decoding.packed.halves", lambda: True)
     assert fast.canonical("float32", "cpu") != exact.canonical("float32", "cpu")
     for dtype, device in (("bfloat16", "cpu"), ("float32", "cuda")):
         assert fast.canonical(dtype, device) == exact.canonical(dtype, device)
-    monkeypatch.setattr("sam.base.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("sam.decoding.packed.halves", lambda: False)
     assert fast.canonical("float32", "cpu") == exact.canonical("float32", "cpu")
+
+
+def test_canonical_decoding_holds_the_batch_size_where_rounding_depends_on_it() -> None:
+    for dtype, device in (("bfloat16", "cpu"), ("float32", "cuda")):
+        assert DecodeSpec(5, 2).canonical(dtype, device) != DecodeSpec(5, 9).canonical(dtype, device)
 
 
 def test_canonical_decoding_leaves_out_the_batch_size() -> None:

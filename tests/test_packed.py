@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sam.decoding.packed as packed
-from sam.base import Base, multiplies_bf16
-from sam.decoding.packed import PackedWeights, packs
+from sam.base import Base
+from sam.decoding.packed import PackedWeights, halves, packs
 from sam.errors import SamError
 from sam.merging import merged
 
@@ -48,7 +48,7 @@ def test_exact_is_the_merge_in_place(tiny: Base, deltas: list[tuple[str, Tensor]
     assert (expected - plain).abs().max() > 0.1 or not deltas
 
 
-@pytest.mark.skipif(not packs(), reason="torch has no oneDNN")
+@pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
 def test_packing_leaves_the_weights_alone(tiny: Base) -> None:
     before = copy.deepcopy(tiny.model.state_dict())
     with PackedWeights(tiny.model, "exact") as weights:
@@ -82,7 +82,7 @@ def test_an_error_in_the_stream_leaves_nothing_behind(tiny: Base) -> None:
     assert not replaced(tiny.model) and torch.equal(logits(tiny.model), plain)
 
 
-@pytest.mark.skipif(not (packs() and multiplies_bf16()), reason="the processor does not multiply bf16")
+@pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
 def test_fast_is_close_and_keeps_the_head_exact(tiny: Base) -> None:
     with merged(tiny.model, some_deltas()):
         expected = logits(tiny.model)
@@ -110,8 +110,21 @@ def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mod
             assert torch.equal(layer(x[:size]), whole[:size])
 
 
+def test_a_forward_of_somebody_elses_is_left_alone(tiny: Base) -> None:
+    layer = tiny.model.get_submodule(UP)
+    own = type(layer).forward.__get__(layer)
+    layer.forward = own
+    try:
+        with PackedWeights(tiny.model, "exact") as weights:
+            weights.apply(some_deltas()[:1])
+            assert layer.forward is own
+        assert layer.forward is own
+    finally:
+        del layer.forward
+
+
 def test_without_onednn_merges_are_added_in_place(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "packs", lambda: False)
+    monkeypatch.setattr(packed, "packs", lambda dtype: False)
     with merged(tiny.model, some_deltas()):
         expected = logits(tiny.model)
     with PackedWeights(tiny.model, "fast") as weights:
@@ -120,12 +133,14 @@ def test_without_onednn_merges_are_added_in_place(tiny: Base, monkeypatch: pytes
         assert not replaced(tiny.model)
 
 
-def test_a_half_precision_base_stays_so(tiny: Base) -> None:
-    model = copy.deepcopy(tiny.model).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_stays_so(tiny: Base, dtype: torch.dtype) -> None:
+    """Packed where the processor has it, in place elsewhere."""
+    model = copy.deepcopy(tiny.model).to(dtype)
     with merged(model, some_deltas()):
         expected = logits(model)
     with PackedWeights(model, "fast") as weights:
         weights.apply(some_deltas())
         found = logits(model)
-    assert found.dtype == torch.bfloat16
+    assert found.dtype == dtype and not replaced(model)
     assert (found.float() - expected.float()).norm() / expected.float().norm() < 0.05

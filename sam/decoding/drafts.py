@@ -1,5 +1,6 @@
 """Guessing an answer's next tokens, so that the model verifies several in one pass (speculative decoding without a
-draft model). A wrong guess costs time and changes no answer.
+draft model). A wrong guess costs time and changes no answer (in fp32 on a CPU; elsewhere rounding depends on what else
+is in a pass, as it does on the batch).
 
 Guesses come from the sentence, which answers copy from (prompt lookup); from an earlier answer to the same prompt, as
 a sibling model's is much alike; and from what followed the same tokens in other answers: syntax and names of types.
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 LONGEST = 12
 ORDERS = (4, 3, 2, 1)  # how many tokens a look-up in the prompt or the earlier answer matches, the longest first
 CONTEXTS = (4, 2)  # the same for what followed in other answers
+
+MOST = 200_000  # contexts remembered, some 100 MB; then all are forgotten
 
 Source = tuple[int, bool]
 """Where a guess came from: (tokens matched, whether there was an earlier answer); (0, False): other answers."""
@@ -39,7 +42,7 @@ class Memory:
         self.context.append(token)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Followers:
     """How often each token followed a context, and the most frequent one."""
 
@@ -87,6 +90,8 @@ class Drafter:
                 rate = self._rates[source]
                 rate[0] += place < right
                 rate[1] += 1
+        if len(self._followers) > MOST:
+            self._followers.clear()
         for token in new:
             for order in CONTEXTS:
                 if len(memory.context) >= order:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Memory
 from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
+from sam.errors import SamError
 
 ADMIT = 384
 """Prompt tokens let into one forward pass, at least one prompt's: enough to fill the processor, few enough not to
@@ -68,7 +69,7 @@ def stream(
     drafter: Drafter | None = None,
     earlier: Sequence[str] | None = None,
     automata: Sequence[Automaton] | None = None,
-) -> Generator[tuple[int, Answer], None, None]:
+) -> Iterator[tuple[int, Answer]]:
     """(index into ``parts``, answer) as each is done.
 
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
@@ -81,12 +82,11 @@ def stream(
         return
     held = None if automata is None else walks(base, automata)
     run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts), held)
-    with ragged(base.model):
-        while run.waiting or run.rows:
-            # Around each pass only: the caller's code between two answers is not in inference mode.
-            with torch.inference_mode():
-                run.step()
-            yield from run.done()
+    while run.waiting or run.rows:
+        # Around each pass only: between two answers the model is the caller's.
+        with ragged(base.model), torch.inference_mode():
+            run.step()
+        yield from run.done()
 
 
 @dataclass
@@ -132,7 +132,9 @@ class _Run:
         # Prefix by prefix, the longest first: the peak of memory is met early, and neighbours are of a length.
         self.waiting = sorted(waiting, key=lambda row: (row.prefix, -len(row.suffix), row.index), reverse=True)
         self.rows: list[_Row] = []
-        config = base.model.config
+        if not all(self.prefixes) or not all(row.suffix for row in waiting):
+            raise SamError("a prompt has no tokens; give each a prefix and a suffix that are not empty")
+        config = base.model.config.get_text_config()
         self.share = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )

@@ -28,30 +28,37 @@ class PackedWeights(MergedWeights):
 
     def __init__(self, model: nn.Module, mode: str) -> None:
         super().__init__(model)
-        self._packs = next(model.parameters()).device.type == "cpu" and packs()
+        self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._head = cast(Any, model).get_output_embeddings()
-        self._half = mode == "fast" and multiplies_bf16()
+        self._half = mode == "fast" and halves()
         self._unmerged: dict[str, Linear] = {}  # layers that no expert touches, packed once
         self._packed: list[nn.Module] = []
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`MergedWeights.apply`; no module at all gives the base model itself, packed."""
         super().apply(modules)
-        if not self._packs:
-            return
-        for name, module in self.model.named_modules():
-            if type(module) is nn.Linear and "forward" not in vars(module):
-                if name not in self._unmerged:
-                    self._unmerged[name] = self._pack(module, module.weight)
-                self._replace(module, self._unmerged[name])
+        try:
+            for name, module in self.model.named_modules():
+                if self._can_pack(module) and name not in self.applied:
+                    if name not in self._unmerged:
+                        self._unmerged[name] = self._pack(module, module.weight)
+                    self._replace(module, self._unmerged[name])
+        except BaseException:
+            self._restore()
+            raise
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
-        if self._packs and type(module) is nn.Linear:
+        if self._can_pack(module):
             self._replace(module, self._pack(module, merged.to(weight.dtype)))
         else:
             super()._set(module, weight, merged)
 
-    def _pack(self, module: nn.Linear, weight: Tensor) -> Linear:
+    def _can_pack(self, module: nn.Module) -> bool:
+        """Whether it is a plain linear layer, with no ``forward`` of somebody else's, of a kind that oneDNN packs."""
+        plain = self._on_cpu and type(module) is nn.Linear and "forward" not in vars(module)
+        return plain and packs(cast(Tensor, module.weight).dtype)
+
+    def _pack(self, module: Any, weight: Tensor) -> Linear:
         half = self._half and module is not self._head and weight.dtype == torch.float32
         return _packed(weight.detach(), module.bias, torch.bfloat16 if half else weight.dtype)
 
@@ -67,12 +74,17 @@ class PackedWeights(MergedWeights):
 
 
 @cache
-def packs() -> bool:
-    """Whether this build of torch has oneDNN's packed linear layers."""
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this torch, on this processor, has oneDNN's packed linear layers in ``dtype``."""
     try:
-        return bool(_packed(torch.ones(16, 16), None, torch.float32)(torch.ones(1, 16)).sum() == 256)
+        return bool(_packed(torch.ones(16, 16), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
     except (AttributeError, RuntimeError):
         return False
+
+
+def halves() -> bool:
+    """Whether ``fast`` multiplies fp32 layers in bf16 on this machine's CPU."""
+    return packs(torch.float32) and packs(torch.bfloat16) and multiplies_bf16()
 
 
 def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:

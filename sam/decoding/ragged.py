@@ -28,6 +28,7 @@ LEAST = 8  # queries of a key head in one product, at least
 STRIDE = 16  # slots are attended to in multiples of this
 CHUNK = 128  # slots summed over in one product, at most
 
+_OTHER_ATTENTION = ("s_aux", "sinks", "position_bias", "head_mask")  # what changes more than query, key and value say
 _LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -273,6 +274,8 @@ def _attention(
     """The attention function under ``NAME``: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
     if sam_pass is None:
         raise SamError(f"attention {NAME} works only inside sam.decoding")
+    if unknown := [name for name in _OTHER_ATTENTION if kwargs.get(name) is not None]:
+        raise SamError(f"the base model's attention uses {unknown[0]}, which is not supported; choose another base")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = sam_pass.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window, softcap)
     return out.unsqueeze(0), None
@@ -284,7 +287,7 @@ AttentionInterface.register(NAME, _attention)
 @contextmanager
 def ragged(model: Any) -> Iterator[None]:
     """``model`` attends by :class:`Pass` inside; as before afterwards. Raises SamError for a model that cannot."""
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - set(_LAYERS)
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(_LAYERS)
     if kinds or not getattr(model, "_supports_attention_backend", False):
         why = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "attention that cannot be exchanged"
         raise SamError(f"{type(model).__name__} has {why}; choose a base model with plain or sliding attention")

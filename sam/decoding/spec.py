@@ -43,16 +43,15 @@ class DecodeSpec:
         import torch
         import transformers
 
-        from sam.base import multiplies_bf16
-        from sam.decoding.packed import packs
+        from sam.decoding.packed import halves
 
         versions = [torch.__version__.split("+")[0], transformers.__version__]
         # On a GPU, or with a model in half precision, rounding depends on what else is in a batch, and can change the
         # choice of a token.
-        batch = {} if dtype == "float32" else {"batch_size": self.batch_size}
-        language = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
         kind = torch.device(device).type
-        half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and packs() and multiplies_bf16()
+        batch = {} if dtype == "float32" and kind == "cpu" else {"batch_size": self.batch_size}
+        language = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
+        half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and halves()
         return {
             **batch,
             **language,

@@ -105,7 +105,7 @@ class Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w, scale = ctx.saved_tensors
         unit = x * scale
-        grad = grad * w
+        grad = (grad * w).to(unit.dtype)
         along = torch.linalg.vecdot(grad, unit).unsqueeze(-1).div_(x.shape[-1])
         return grad.addcmul_(unit, along, value=-1).mul_(scale).to(x.dtype), None, None, None
 

@@ -190,8 +190,8 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         (engine_facts(planned), planned.pool.path, planned.decode, device),
         lambda: Engine(planned.base, planned.pool, planned.decode, store, device),
     )
-    engine.begin(store)
-    encoder: Encoder = _held("encoder", (Encoder, planned.encoder), lambda: Encoder(planned.encoder))
+    engine.begin(planned.pool, store)
+    encoder: Encoder = _held("encoder", planned.encoder, lambda: Encoder(planned.encoder))
     trainer = L.Trainer(
         accelerator=config["trainer"]["accelerator"],
         devices=config["trainer"]["devices"],

@@ -176,3 +176,17 @@ def test_paged_out_weights_come_back(tmp_path: Path) -> None:
     assert mapped["w"][3, 5] == 42.0
     mapped["w"][3, 5] = values["w"][3, 5]
     assert all(torch.equal(mapped[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_base_in_bf16_trains(kind: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are in bf16 too, as the larger base models have them."""
+    half = MODELS[kind]
+    monkeypatch.setitem(MODELS, kind, lambda: half().to(torch.bfloat16))
+    expected = learn(expert(kind), None, autocast)
+    found = learn(expert(kind), torch.bfloat16, autocast)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        difference = (gradient.float() - expected[name].float()).norm() / expected[name].float().norm()
+        assert difference < 0.1, name

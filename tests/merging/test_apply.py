@@ -62,7 +62,7 @@ def test_many_merges_leave_no_trace_in_bf16(
     assert same(model, before)
 
 
-def test_the_memory_of_copies_is_used_again_but_not_their_values(model: LlamaForCausalLM) -> None:
+def test_merges_in_turn_start_from_the_weights_as_they_are_then(model: LlamaForCausalLM) -> None:
     merge, weight = MergedWeights(model), model.get_submodule(UP).weight
     with merge:
         merge.apply(some_deltas())

@@ -46,6 +46,7 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
     launch.register_resolvers()
     monkeypatch.setattr(sys, "argv", ["run.py"])
     monkeypatch.setenv("SAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sam.tasks.extract, "_HELD", {})
     monkeypatch.setattr(sam.tasks.extract, "Encoder", lambda spec: HashEncoder())
     monkeypatch.setattr(sam.engine, "stream", pretend)
     fixed = ["base=local", f"base.location={tiny_spec.location}", f"experts.path={pool.path}", "logger=none"]
@@ -193,6 +194,35 @@ def test_another_expert_is_run_again(
     (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
     assert again(monkeypatch, composed(), tmp_path / "r"), "alpha scales the delta"
     assert not again(monkeypatch, composed(), tmp_path / "r")
+
+
+def test_jobs_of_one_process_share_what_they_can(
+    composed: Compose, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = sam.tasks.extract._HELD
+
+    def engine_after(*overrides: str) -> Any:
+        extract(composed("answers=fresh", *overrides), tmp_path / "-".join(["r", *overrides]), [], None)
+        return held["engine"][1]
+
+    first = engine_after()
+    counts = dict(first.counts)
+    assert engine_after("merge=linear") is first and engine_after("k=1") is first
+    assert first.counts["decoded"] <= counts["decoded"], "counts begin anew"
+    assert engine_after("decode.max_new_tokens=9") is not first
+    card = Pool(pool.path).cards["news"]
+    flipped = tuple(-x for x in card.centroid)
+    make_card("news", card.base_fingerprint, centroid=flipped).write(pool.path / "news")
+    assert engine_after("k=1", "seed=1").pool.cards["news"].centroid == flipped
+    settings = json.loads((pool.path / "news" / "adapter_config.json").read_text())
+    settings["lora_alpha"] *= 2
+    (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
+    second = engine_after("seed=2")
+    assert engine_after("seed=3") is second is not first
+    monkeypatch.setattr(sam.engine, "stream", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine_after("seed=4")
+    assert not held
 
 
 def test_an_expert_that_is_not_looked_at_changes_nothing(
