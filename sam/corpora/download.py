@@ -82,6 +82,8 @@ def _download(dataset: DatasetSpec, path: str, progress: bool) -> Path:
     store = pooch.create(
         _folder(dataset), base_url="", registry={path: pinned}, urls={path: url}, retry_if_failed=ATTEMPTS - 1
     )
+    # Files of one folder are fetched at once, and pooch would have each of them make it.
+    (_folder(dataset) / path).parent.mkdir(parents=True, exist_ok=True)
     try:
         return Path(store.fetch(path, downloader=pooch.HTTPDownloader(progressbar=progress)))
     except (requests.RequestException, OSError) as error:

@@ -6,8 +6,11 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from sam.errors import SamError
 
@@ -19,15 +22,18 @@ class AnswerStore:
         """``path`` None: in memory, for as long as the store lives."""
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, truncated INTEGER)"
-            )
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise SamError(f"{path} cannot be opened ({error}); delete it, or set answers=fresh") from None
+        # SQLite does not wait for its turn to change the journal's mode, whatever the timeout.
+        turn = nullcontext() if path is None else FileLock(f"{path}.lock")
+        with turn:
+            self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, truncated INTEGER)"
+                )
+            except sqlite3.DatabaseError as error:
+                self._db.close()
+                raise SamError(f"{path} cannot be opened ({error}); delete it, or set answers=fresh") from None
 
     @staticmethod
     def key(model_key: str, prompt: str, decoding: Mapping[str, Any]) -> str:
