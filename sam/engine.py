@@ -107,7 +107,8 @@ class Engine:
     ) -> list[Prediction]:
         """As :meth:`predict`, for (types, text) that may differ in their types."""
         key, canonical = self.key(experts, merge), self._decoding()
-        names = [AnswerStore.key(key, prompts.render(types, text), canonical) for types, text in asked]
+        shown = [prompts.render(types, text) for types, text in asked]
+        names = [AnswerStore.key(key, prompt, canonical) for prompt in shown]
         kept = self.store.get(names) if self.store else {}
         missing = {name: one for name, one in zip(names, asked, strict=True) if name not in kept}
         self.counts["reused"] += len(asked) - len(missing)
@@ -115,8 +116,7 @@ class Engine:
             progress(len(asked) - len(missing))
         if missing:
             kept.update(self._answer(key, experts, merge, missing, progress))
-        for name, (types, text) in zip(names, asked, strict=True):
-            self._latest[prompts.render(types, text)] = kept[name][0]
+        self._latest.update((prompt, kept[name][0]) for prompt, name in zip(shown, names, strict=True))
         return [
             prompts.predict(text, kept[name][0], types, kept[name][1])
             for (types, text), name in zip(asked, names, strict=True)

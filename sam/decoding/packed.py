@@ -39,7 +39,7 @@ class PackedWeights(MergedWeights):
         super().apply(modules)
         try:
             for name, module in self.model.named_modules():
-                if self._can_pack(module) and name not in self.applied:
+                if self._can_pack(module):  # a merged layer is packed already
                     if name not in self._unmerged:
                         self._unmerged[name] = self._pack(module, module.weight)
                     self._replace(module, self._unmerged[name])
