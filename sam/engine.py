@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from sam import grammar, prompts
-from sam.base import Base, BaseSpec, device_of, fingerprint, folder, load, settings_hash
+from sam.base import Base, BaseSpec, device_of, folder, identity, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.decoding.drafts import Drafter
 from sam.decoding.greedy import stream
@@ -55,7 +55,7 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         """The base model's fingerprint, without loading the model where it is known."""
-        return fingerprint(folder(self.spec))
+        return identity(self.spec)
 
     @cached_property
     def settings(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from sam import corpora
 from sam.errors import SamError
 from sam.ner import Sentence, entity_types
+from sam.seeding import rng
 
 MISC = "miscellaneous"
 KINDS = ("mini", "corpus", "files")
@@ -34,8 +35,8 @@ class Target:
         return tuple(s for s in self.sentences if s.mentions is not None)
 
 
-def load_targets(config: Mapping[str, Any], limit: int | None = None) -> list[Target]:
-    """The targets of a ``target`` config, each of at most ``limit`` sentences (the first ones).
+def load_targets(config: Mapping[str, Any], limit: int | None = None, limit_seed: int | None = None) -> list[Target]:
+    """The targets of a ``target`` config, each of at most ``limit`` sentences: the first ones, or drawn by a seed.
 
     Raises SamError for a type that no target has, an empty target, or files that cannot be read.
     """
@@ -47,7 +48,18 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None) -> list[Ta
         raise SamError("target.path and target.unlabelled are for target=files; choose it or remove them")
     raw = [_load(name, part, config) for name, part in config["sets"].items()]
     wanted = _wanted(config, sorted({t for target in raw for t in target.types}))
-    return [_restrict(target, wanted, bool(config["keep_misc"]), limit) for target in raw]
+    return [_restrict(_limited(target, limit, limit_seed), wanted, bool(config["keep_misc"])) for target in raw]
+
+
+def _limited(target: Target, limit: int | None, seed: int | None) -> Target:
+    """At most ``limit`` of its sentences, in their order; their texts stay among the unlabelled, as all do."""
+    sentences = target.sentences
+    if limit is None or limit >= len(sentences):
+        return target
+    if seed is None:
+        return replace(target, sentences=sentences[:limit])
+    drawn = sorted(rng("limit", seed, target.name).sample(range(len(sentences)), limit))
+    return replace(target, sentences=tuple(sentences[i] for i in drawn))
 
 
 def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Target:
@@ -104,7 +116,7 @@ def _wanted(config: Mapping[str, Any], known: Sequence[str]) -> set[str] | None:
     return {types} if isinstance(types, str) else set(types)
 
 
-def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool, limit: int | None) -> Target:
+def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool) -> Target:
     types = [t for t in target.types if (wanted is None and (keep_misc or t != MISC)) or (wanted and t in wanted)]
     if not types:
         raise SamError(f"target {target.name} has none of the types asked for; it has: {', '.join(target.types)}")
@@ -113,6 +125,6 @@ def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool, limit: i
     asked = set(types)
     sentences = [
         s if s.mentions is None else replace(s, mentions=tuple(m for m in s.mentions if m.type in asked))
-        for s in target.sentences[:limit]
+        for s in target.sentences
     ]
     return replace(target, types=tuple(types), sentences=tuple(sentences))

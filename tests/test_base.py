@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sam.base
-from sam.base import MANIFEST, Base, BaseSpec, fingerprint, folder, load, sha256_of, staged, wheel_file
+from sam.base import MANIFEST, Base, BaseSpec, fingerprint, folder, identity, load, sha256_of, staged, wheel_file
 from sam.errors import SamError
-from tests.tiny import config, one_line
+from sam.merging import AdapterDeltas, merged
+from tests.tiny import config, one_line, write_adapter
 
 SMOLLM2 = "faf714ce5e44852b956c3b9adba96ebb99ce3341ac494296ed6d8b0939fab337"
 
@@ -66,7 +67,7 @@ def calls(spec: BaseSpec) -> int:
     [
         ({"source": "zip"}, "base.source=zip is unknown; allowed: wheel, hub, local"),
         ({"dtype": "int8"}, "base.dtype=int8 is unknown; allowed: float32, bfloat16, float16"),
-        ({"dtpye": "float32"}, "base.dtpye is unknown; allowed: dtype, install, location, name, parts"),
+        ({"dtpye": "float32"}, "base.dtpye is unknown; allowed: dtype, fold, install, location, name, parts"),
     ],
 )
 def test_config_with_unknown_values_is_refused(change: dict[str, str], said: str) -> None:
@@ -222,6 +223,30 @@ def test_dtype_and_further_stop_tokens(tiny_base: Path, tmp_path: Path) -> None:
     assert base.stop_ids == (0, 7)  # the tokenizer's own first: it is the one that training teaches
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
     assert base.fingerprint == fingerprint(tiny_base)
+
+
+def test_folded_adapter_is_part_of_the_base(tiny: Base, tiny_base: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_adapter(tmp_path / str(seed), tiny.model, seed=seed)
+    plain, folded, other = (local(tiny_base, fold=f and str(tmp_path / f)) for f in (None, "1", "2"))
+    base = load(folded, "cpu")
+    deltas = AdapterDeltas.open(tmp_path / "1")
+    for name, module in tiny.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            expected = module.weight + deltas.delta(name) if name in deltas else module.weight
+            assert torch.equal(base.model.get_submodule(name).weight, expected)
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert identity(plain) == fingerprint(tiny_base) and base.fingerprint == identity(folded)
+    assert len({identity(plain), identity(folded), identity(other)}) == 3
+    # It holds nothing to be undone: the next merge comes on top.
+    with merged(base.model, [("model.layers.0.mlp.up_proj", torch.zeros(()).expand(_shape(base)))]):
+        pass
+    with pytest.raises(SamError, match=r"adapter_config\.json"):
+        identity(local(tiny_base, fold=str(tmp_path / "none")))
+
+
+def _shape(base: Base) -> tuple[int, ...]:
+    return tuple(base.model.model.layers[0].mlp.up_proj.weight.shape)
 
 
 def test_fingerprint_is_of_the_weights_alone(tiny_base: Path, tmp_path: Path) -> None:

@@ -220,3 +220,14 @@ def test_no_set_and_an_unknown_kind_are_refused() -> None:
     message = one_line(error)
     assert "target.sets.x.kind=web" in message
     assert "mini, corpus, files" in message
+
+
+def test_limit_takes_the_first_or_draws_by_its_seed() -> None:
+    (whole,) = load_targets(minis("ai"))
+    (first,) = load_targets(minis("ai"), 5)
+    assert first.sentences == whole.sentences[:5] and first.types == whole.types
+    drawn = {seed: load_targets(minis("ai"), 5, seed)[0].sentences for seed in (0, 1)}
+    assert drawn[0] == load_targets(minis("ai"), 5, 0)[0].sentences != drawn[1]
+    places = [whole.sentences.index(s) for s in drawn[0]]
+    assert places == sorted(set(places)) and len(places) == 5
+    assert load_targets(minis("ai"), 10_000, 0)[0].sentences == whole.sentences

@@ -139,10 +139,9 @@ class _Run:
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
         self.stops = frozenset(base.stop_ids)
-        slots = max(len(row.suffix) for row in waiting) + spec.max_new_tokens
+        slots = max(len(self.prefixes[row.prefix]) + len(row.suffix) for row in waiting) + spec.max_new_tokens
         self.cache = KeyValues(min(spec.batch_size, len(parts)), slots)
-        self.shared = KeyValues(len(self.prefixes), max(map(len, self.prefixes)))
-        self.lengths = [0] * len(self.prefixes)
+        self.shared: tuple[int, KeyValues] | None = None  # the latest prefix, run once for all rows that begin with it
         self._ended: list[_Row] = []
 
     def step(self) -> None:
@@ -161,7 +160,7 @@ class _Run:
         for row in self.rows:
             at += len(row.feed())
             keep += range(at - len(row.draft) - 1, at)
-        rows = [Row(len(row.feed()), row.past, row.prefix) for row in self.rows]
+        rows = [Row(len(row.feed()), row.past) for row in self.rows]
         logits = self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep)
         likeliest = logits.argmax(-1).tolist()
         at = 0
@@ -184,7 +183,7 @@ class _Run:
         self._ended = []
 
     def _admit(self) -> list[_Row]:
-        """Waiting rows for which there is room, their prefixes in ``shared``."""
+        """Waiting rows for which there is room, their prefixes in the cache."""
         new: list[_Row] = []
         size = 0
         while self.waiting and len(self.rows) + len(new) < self.cache.rows:
@@ -192,23 +191,24 @@ class _Run:
             if new and size > ADMIT:
                 break
             row = self.waiting.pop()
-            if not self.lengths[row.prefix]:
-                self._share(row.prefix)
+            row.past = len(self.prefixes[row.prefix])
+            self.cache.copy_from(self._prefix(row.prefix), len(self.rows) + len(new), row.past)
             new.append(row)
         return new
 
-    def _share(self, number: int) -> None:
-        """Run a prefix by itself and keep it."""
-        ids = self.prefixes[number]
-        lone = KeyValues(1, len(ids))
-        self._forward(lone, [Row(len(ids), 0, number)], ids, [len(ids) - 1])
-        self.shared.copy_from(lone, number, len(ids))
-        self.lengths[number] = len(ids)
+    def _prefix(self, number: int) -> KeyValues:
+        """Keys and values of a prefix, run by itself."""
+        if self.shared is None or self.shared[0] != number:
+            ids = self.prefixes[number]
+            alone = KeyValues(1, len(ids))
+            self._forward(alone, [Row(len(ids), 0)], ids, [len(ids) - 1])
+            self.shared = (number, alone)
+        return self.shared[1]
 
     def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> Tensor:
         """Run ``ids`` through the model; returns the logits [len(keep), vocabulary] after those at ``keep``."""
         device = self.base.device
-        now = Pass(cache, self.shared, self.lengths, rows, self.share, device)
+        now = Pass(cache, rows, self.share, device)
         out = self.base.model(
             input_ids=torch.tensor([[*ids, *[ids[-1]] * now.spare]], device=device),
             position_ids=now.positions,

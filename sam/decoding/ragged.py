@@ -1,8 +1,8 @@
 """One forward pass over the new tokens of many sentences, packed end to end; each attends to its own past only.
 
-There is no padding in what the linear layers see, and a token's slot in the cache is its place in its own sentence, so
-nothing depends on the other sentences of the pass, sliding windows included. The prefix that sentences share is kept
-once. Works with every model of transformers whose attention can be exchanged (``AttentionInterface``).
+There is no padding in what the linear layers see, and a token's slot in the cache is its place in its own prompt, so
+nothing depends on the other sentences of the pass, sliding windows included. Works with every model of transformers
+whose attention can be exchanged (``AttentionInterface``).
 
 Libraries choose a kernel, and so an order of summation, by a product's shape. Shapes are kept within bounds (``LEAST``,
 ``STRIDE``, ``CHUNK``) in which a token's attention is the same to the bit whatever else is in the pass.
@@ -69,11 +69,10 @@ def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
 
 @dataclass
 class Row:
-    """What one sentence brings to a pass: ``count`` new tokens after the ``past`` kept ones and prefix ``prefix``."""
+    """What one sentence brings to a pass: ``count`` new tokens after the ``past`` kept ones."""
 
     count: int
     past: int
-    prefix: int
 
 
 @dataclass
@@ -87,35 +86,22 @@ class _Group:
     at: Tensor  # the padded places that hold a token
     tokens: Tensor  # the tokens that these are
     slot: Tensor  # [rows, width]: each query's own slot
-    before: Tensor  # [rows]: length of the prefix
-    by_prefix: list[tuple[int, Tensor | slice]]  # (prefix, its rows in the group)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 class Pass:
     """What the attention of one forward pass needs to know; the same for all layers."""
 
-    def __init__(
-        self,
-        cache: KeyValues,
-        shared: KeyValues,
-        lengths: Sequence[int],
-        rows: Sequence[Row],
-        share: int,
-        device: str,
-    ) -> None:
-        """``lengths``: the length of each prefix in ``shared``; ``rows``: those of the cache, from the first on;
-        ``share``: query heads a key head has. The pass's tokens come row by row."""
-        self.cache, self.shared, self.lengths = cache, shared, list(lengths)
-        table = [
-            (number, row.past + t, lengths[row.prefix]) for number, row in enumerate(rows) for t in range(row.count)
-        ]
-        packed = torch.tensor(table, device=device).T.contiguous()
-        self.rows, self.slots = packed[0], packed[1]
+    def __init__(self, cache: KeyValues, rows: Sequence[Row], share: int, device: str) -> None:
+        """``rows``: those of the cache, from the first on; ``share``: query heads a key head has. The pass's tokens
+        come row by row."""
+        self.cache = cache
+        table = [(number, row.past + t) for number, row in enumerate(rows) for t in range(row.count)]
+        self.rows, self.slots = torch.tensor(table, device=device).T.contiguous()
         self.spare = rounded(len(table)) - len(table)
-        self.positions = torch.nn.functional.pad(packed[1] + packed[2], (0, self.spare)).unsqueeze(0)
+        self.positions = torch.nn.functional.pad(self.slots, (0, self.spare)).unsqueeze(0)
         least = -(-LEAST // share)
-        self.groups = [_group(rows, chosen, skip, width, least, self) for chosen, skip, width in _tiers(rows, least)]
+        self.groups = [_group(rows, chosen, skip, width, least, device) for chosen, skip, width in _tiers(rows, least)]
         order = torch.argsort(torch.cat([group.tokens for group in self.groups]))
         self.order = torch.nn.functional.pad(order, (0, self.spare))
 
@@ -128,59 +114,38 @@ class Pass:
         keys, values = self.cache.layer(layer, key)
         keys[self.rows, :, self.slots] = key
         values[self.rows, :, self.slots] = value
-        shared = self.shared.layer(layer, key)
+        query = query.transpose(0, 1) * scale
         found = []
         for group in self.groups:
             # Query heads that share a key head stand as further queries of it: no key is copied for them.
-            asked = query[:, group.gather].view(keys.shape[1], -1, len(group.slot), group.width, query.shape[-1])
-            asked = asked.permute(2, 0, 1, 3, 4).mul(scale).flatten(2, 3)
-            kept = (keys[group.rows, :, : group.slots], values[group.rows, :, : group.slots])
-            out = self._mix(group, asked, kept, shared, window, cap)
-            out = out.view(len(group.slot), query.shape[0], group.width, -1).transpose(1, 2).flatten(0, 1)
+            asked = query[group.gather].view(len(group.slot), group.width, keys.shape[1], -1, query.shape[-1])
+            asked = asked.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            own = (keys[group.rows, :, : group.slots], values[group.rows, :, : group.slots])
+            out = self._mix(group, asked, own, window, cap)
+            out = out.view(len(group.slot), query.shape[1], group.width, -1).transpose(1, 2).flatten(0, 1)
             found.append(out[group.at])
         return torch.cat(found)[self.order]
 
     def _mix(
-        self,
-        group: _Group,
-        asked: Tensor,
-        own: tuple[Tensor, Tensor],
-        shared: tuple[Tensor, Tensor],
-        window: int | None,
-        cap: float | None,
+        self, group: _Group, asked: Tensor, own: tuple[Tensor, Tensor], window: int | None, cap: float | None
     ) -> Tensor:
-        """Attention of ``asked`` [rows, key heads, queries, dim] to the prefixes and the rows' own slots."""
-        rows, heads, queries, _ = asked.shape
-        lead = _up(max(self.lengths[prefix] for prefix, _ in group.by_prefix), STRIDE)
-        scores = asked.new_empty(rows, heads, queries, lead + group.slots)
-        scores[..., lead:] = torch.matmul(asked, own[0].transpose(2, 3))
-        for prefix, chosen in group.by_prefix if lead else ():
-            length = self.lengths[prefix]
-            scores[chosen, :, :, :length] = _with_shared(asked[chosen], shared[0][prefix, :, :length].transpose(1, 2))
+        """Attention of ``asked`` [rows, key heads, queries, dim] to the rows' own slots."""
+        scores = torch.matmul(asked, own[0].transpose(2, 3))
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
-        mask = self._mask(group, lead, window)
-        scores.view(rows, -1, group.width, lead + group.slots).masked_fill_(mask, -math.inf)
+        scores.view(len(asked), -1, group.width, group.slots).add_(self._mask(group, window))
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(asked.dtype)
-        out = _weighted(weights[..., lead:], own[1])
-        for prefix, chosen in group.by_prefix if lead else ():
-            length = self.lengths[prefix]
-            out[chosen] += _with_shared(weights[chosen][..., :length], shared[1][prefix, :, :length])
-        return out
+        return _weighted(weights, own[1])
 
-    def _mask(self, group: _Group, lead: int, window: int | None) -> Tensor:
-        """True where a query must not look: [rows, 1, width, lead + slots]."""
+    def _mask(self, group: _Group, window: int | None) -> Tensor:
+        """Minus infinity where a query must not look, else 0: [rows, 1, width, slots]."""
         if window not in group.masks:
             own = torch.arange(group.slots, device=group.slot.device)
-            first = torch.arange(lead, device=group.slot.device)
-            before = group.before[:, None, None]
             hidden = own > group.slot[..., None]
-            hidden_first = (first >= before).expand(-1, group.width, -1)
             if window is not None:
-                query = group.slot[..., None] + before
-                hidden = hidden | (query - (own + before) >= window)
-                hidden_first = hidden_first | (query - first >= window)
-            group.masks[window] = torch.cat([hidden_first, hidden], -1).unsqueeze(1)
+                hidden = hidden | (group.slot[..., None] - own >= window)
+            zeros = torch.zeros(hidden.shape, device=group.slot.device)
+            group.masks[window] = zeros.masked_fill_(hidden, -math.inf).unsqueeze(1)
         return group.masks[window]
 
 
@@ -190,13 +155,6 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     for start in range(CHUNK, values.shape[-2], CHUNK):
         out += torch.matmul(weights[..., start : start + CHUNK], values[..., start : start + CHUNK, :])
     return out
-
-
-def _with_shared(left: Tensor, right: Tensor) -> Tensor:
-    """[rows, heads, n, a] times [heads, a, b], all rows in one product a head."""
-    rows, heads, n, _ = left.shape
-    product = torch.bmm(left.transpose(0, 1).flatten(1, 2), right)
-    return product.view(heads, rows, n, -1).transpose(0, 1)
 
 
 def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, int]]:
@@ -215,8 +173,7 @@ def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, in
         left = left[: -len(together)]
 
 
-def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, now: Pass) -> _Group:
-    device = now.rows.device
+def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, device: str) -> _Group:
     starts = np.cumsum([0, *(row.count for row in rows)])
     gather, at, tokens = [], [], []
     for place, number in enumerate(chosen):
@@ -228,25 +185,14 @@ def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, le
         tokens += [first + t for t in range(count)]
     width = max(width, least)
     slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
-    prefixes = [rows[n].prefix for n in chosen]
-    used = sorted(set(prefixes))
-
-    def among(prefix: int) -> Tensor | slice:
-        if len(used) == 1:
-            return slice(None)
-        return torch.tensor([i for i, p in enumerate(prefixes) if p == prefix], device=device)
-
-    whole = len(chosen) == len(rows)
     return _Group(
-        rows=slice(0, len(rows)) if whole else torch.tensor(chosen, device=device),
+        rows=slice(0, len(rows)) if len(chosen) == len(rows) else torch.tensor(chosen, device=device),
         width=width,
         slots=_up(max(rows[n].past + min(rows[n].count, skip + width) for n in chosen), STRIDE),
         gather=torch.tensor(gather, device=device),
         at=torch.tensor(at, device=device),
         tokens=torch.tensor(tokens, device=device),
         slot=slot + torch.arange(width, device=device),
-        before=torch.tensor([now.lengths[p] for p in prefixes], device=device),
-        by_prefix=[(u, among(u)) for u in used],
     )
 
 

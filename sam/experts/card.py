@@ -17,7 +17,7 @@ from sam.errors import SamError
 CARD_FILE = "expert.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-ROLES = ("expert", "unified")
+ROLES = ("expert", "unified", "start")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Card:
     """What is known of an expert without loading it.
 
     ``centroid`` is the normalised mean embedding of its training sentences by ``encoder``; ``scores`` are on
-    held-out sentences of its own datasets; a card of role ``unified`` is the baseline, never selected by rank.
+    held-out sentences of its own datasets. Cards of role ``unified`` (the baseline) and ``start`` (folded into the base
+    before all others are trained) are never selected by rank.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Card:
     recipe: dict[str, Any]
     sentences: int
     scores: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     licences: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from sam import corpora, prompts
 from sam.errors import SamError
+from sam.experts.detokenise import detokenised
 from sam.ner import Sentence, entity_types
 from sam.seeding import rng
 
@@ -30,14 +31,16 @@ IGNORED = -100
 class Recipe:
     """How an expert is trained; ``sentences`` is the budget a domain, ``epochs`` the passes over them.
 
-    ``label_drop`` is the chance that a type is left out of a prompt (its mentions too), ``max_types`` the most
-    types in a prompt, ``max_empty`` the largest share of sentences without a mention, ``max_length`` tokens.
+    ``label_drop`` is the chance that a type is left out of a prompt (its mentions too), ``negatives`` the most types
+    of other domains that a prompt asks for beside its own, ``max_types`` the most types in a prompt, ``max_empty`` the
+    largest share of sentences without a mention, ``detokenise`` the chance that a sentence is shown with ordinary
+    spacing (``C++ (a language).``) instead of its corpus's tokens, ``max_length`` tokens.
     """
 
-    sentences: int = 700
+    sentences: int = 2000
     epochs: int = 1
-    batch_size: int = 2
-    lr: float = 1e-3
+    batch_size: int = 4
+    lr: float = 2e-3
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -45,10 +48,12 @@ class Recipe:
     alpha: int = 16
     rslora: bool = False
     label_drop: float = 0.15
+    negatives: int = 4
     max_types: int = 16
     max_empty: float = 0.1
+    detokenise: float = 0.3
     max_length: int = 320
-    heldout: int = 30
+    heldout: int = 100
     seed: int = 0
 
     @classmethod
@@ -64,12 +69,14 @@ class Recipe:
         for name in ("lr", "alpha"):
             if not getattr(recipe, name) > 0:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must be above 0")
-        for name in ("weight_decay", "clip", "heldout"):
+        for name in ("weight_decay", "clip", "heldout", "negatives"):
             if not getattr(recipe, name) >= 0:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must be at least 0")
         for name in ("warmup", "label_drop", "max_empty"):
             if not 0 <= getattr(recipe, name) < 1:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must lie in [0, 1)")
+        if not 0 <= recipe.detokenise <= 1:
+            raise SamError(f"train.detokenise={recipe.detokenise} must lie in [0, 1]")
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,12 +101,19 @@ class Renderer:
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special).input_ids)
 
-    def __call__(self, sentence: Sentence, types: Sequence[str], epoch: int) -> Example:
-        """The example of ``sentence`` with its types shuffled, some dropped, by (seed, id, epoch)."""
+    def __call__(self, sentence: Sentence, types: Sequence[str], epoch: int, foreign: Sequence[str] = ()) -> Example:
+        """The example of ``sentence`` with its types shuffled, some dropped, some of ``foreign`` added, all by
+        (seed, id, epoch)."""
         draw = rng(self.recipe.seed, sentence.id, epoch)
         shuffled = draw.sample(list(types), len(types))
         kept = [t for t in shuffled if draw.random() >= self.recipe.label_drop][: self.recipe.max_types]
         asked = kept or shuffled[:1]
+        added = draw.sample(list(foreign), min(draw.randint(0, self.recipe.negatives), len(foreign)))
+        if added:
+            asked = (asked + added)[: self.recipe.max_types]
+            draw.shuffle(asked)
+        if draw.random() < self.recipe.detokenise:
+            sentence = detokenised(sentence)
         answer = self._ids(prompts.answer(sentence, asked)) + [self.stop_id]
         prompt = self._ids(prompts.prefix(asked), special=True) + self._ids(prompts.suffix(sentence.text))
         return Example(tuple(prompt + answer), len(answer))
@@ -142,6 +156,17 @@ def _pick(sentences: Sequence[Sentence], share: int, recipe: Recipe, fits: Any) 
             seen.add(sentence.text)
             empty += not sentence.mentions
     return picked
+
+
+def foreign_types(dataset: str) -> list[str]:
+    """The types of all source datasets of other domains than ``dataset``'s that it has not itself, sorted.
+
+    What its sentences hold of them nobody has marked: a prompt that asks for one has no gold for it.
+    """
+    own = corpora.spec(dataset)
+    sources = (corpora.spec(name) for name in corpora.datasets())
+    found = {t for s in sources if s.role == "source" and s.domain != own.domain for t in s.types}
+    return sorted(found - set(own.types))
 
 
 def batches(examples: Sequence[Example], size: int, draw: random.Random) -> list[list[Example]]:
@@ -202,17 +227,18 @@ class ExpertDataModule(L.LightningDataModule):
         """Draw and render; the same for the same recipe."""
         if self.plan:
             return
-        drawn: list[tuple[Sentence, list[str]]] = []
+        drawn: list[tuple[Sentence, list[str], list[str]]] = []
         for datasets in self.domains:
-            for sentences, types in draw_sentences(datasets, "train", self.recipe, self._fits).values():
-                drawn += [(s, types) for s in sentences]
+            for name, (sentences, types) in draw_sentences(datasets, "train", self.recipe, self._fits).items():
+                foreign = foreign_types(name) if self.recipe.negatives else []
+                drawn += [(s, types, foreign) for s in sentences]
         if not drawn:
             names = ", ".join(d for datasets in self.domains for d in datasets)
             raise SamError(f"train.max_length={self.recipe.max_length} leaves no sentence of {names}; raise it")
-        self.sentences = [s for s, _ in drawn]
-        self.types = sorted({t for _, types in drawn for t in types})
+        self.sentences = [s for s, _, _ in drawn]
+        self.types = sorted({t for _, types, _ in drawn for t in types})
         for epoch in range(self.recipe.epochs):
-            examples = [self.renderer(s, types, epoch) for s, types in drawn]
+            examples = [self.renderer(s, types, epoch, foreign) for s, types, foreign in drawn]
             self.plan += batches(examples, self.recipe.batch_size, rng(self.recipe.seed, "batches", epoch))
 
     def _fits(self, sentence: Sentence, types: Sequence[str]) -> bool:

@@ -10,8 +10,13 @@ from sam.experts.card import Card
 def write_readme(folder: Path, card: Card) -> None:
     """Write ``README.md`` from the card."""
     recipe = card.recipe
-    rows = "\n".join(f"| {d} | {card.licences.get(d, 'not stated')} | {_score(card, d)} |" for d in card.datasets)
-    kind = "The unified baseline" if card.role == "unified" else f"An expert of the domain {card.domain}"
+    training = card.training
+    rows = "\n".join(f"| {d} | {card.licences.get(d, 'not stated')} | {_scores(card, d)} |" for d in card.datasets)
+    kind = {
+        "expert": f"An expert of the domain {card.domain}",
+        "unified": "The unified baseline",
+        "start": "The common start, which is folded into the base model before experts are trained,",
+    }[card.role]
     text = f"""---
 base_model: {card.base}
 library_name: peft
@@ -24,9 +29,12 @@ layers, bf16) on {card.base} (fingerprint {card.base_fingerprint[:12]}).
 
 Trained on {card.sentences} sentences, {recipe["epochs"]} epoch(s), batch {recipe["batch_size"]}, learning rate
 {recipe["lr"]}, seed {recipe["seed"]}; label dropping {recipe["label_drop"]}; precision {recipe["precision"]}.
+{training["steps"]} steps in {training["seconds"]:.0f} s on {training["device"]}; loss {training["curve"][0][1]:.2f} to
+{training["curve"][-1][1]:.2f}. {training["parameters"]:,} parameters; the paper's estimate, 18HrL, would be
+{training["18HrL"]:,}.
 
-| dataset | licence of the data | held-out F1 (n) |
-| --- | --- | --- |
+| dataset | licence of the data | held out | P | R | F1 | unparsable |
+| --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 Entity types: {", ".join(card.types)}.
@@ -40,6 +48,9 @@ many, and invents some. The data's licences (some non-commercial) may bear on wh
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _score(card: Card, dataset: str) -> str:
+def _scores(card: Card, dataset: str) -> str:
     found = card.scores.get("datasets", {}).get(dataset)
-    return f"{100 * found['f1']:.1f} ({found['n']})" if found else "not measured"
+    if found is None:
+        return "not measured | – | – | – | –"
+    three = " | ".join(f"{100 * found[m]:.1f}" for m in ("precision", "recall", "f1"))
+    return f"{found['n']} of {found['split']} | {three} | {found['unparsable']}"

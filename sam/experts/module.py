@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -27,6 +28,11 @@ class ExpertModule(L.LightningModule):
         self.base, self.recipe = base, recipe
         self.net: Any = None
         self.patches = ExitStack()
+        self.losses: list[torch.Tensor] = []
+        """Of each step since the beginning, also before a resumption."""
+        self.seconds = 0.0
+        """Spent in training, of all runs that led here."""
+        self._since = 0.0
         # Checkpoints hold the trained tensors only; the frozen base is not in them.
         self.strict_loading = False
 
@@ -47,12 +53,14 @@ class ExpertModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Lightning leaves a pretrained model in eval mode; training wants train mode throughout, and the lean way."""
+        self._since = time.perf_counter() - self.seconds
         self.net.train()
         dtype = MIXED.get(str(self.trainer.precision), self.base.model.dtype)
         self.patches.enter_context(lean(self.net, dtype))
 
     def on_fit_end(self) -> None:
         """The model computes as PEFT has it again."""
+        self.seconds = time.perf_counter() - self._since
         self.patches.close()
 
     def unload(self) -> None:
@@ -76,6 +84,7 @@ class ExpertModule(L.LightningModule):
         """One batch's loss."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        self.losses.append(loss.detach())
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -97,9 +106,23 @@ class ExpertModule(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is trained."""
+        """Keep only what is trained, and what the card will say of the way there."""
+        checkpoint["spent"] = {"losses": [float(x) for x in self.losses], "seconds": time.perf_counter() - self._since}
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting where the run that was killed had come to."""
+        self.losses = [torch.tensor(x) for x in checkpoint["spent"]["losses"]]
+        self.seconds = checkpoint["spent"]["seconds"]
+
+    def curve(self, points: int = 40) -> list[list[float]]:
+        """``[step, mean loss since the point before]`` at about ``points`` steps."""
+        losses = [float(x) for x in self.losses]
+        size = -(-len(losses) // points) if losses else 1
+        parts = (losses[i : i + size] for i in range(0, len(losses), size))
+        ends = (min(i + size, len(losses)) for i in range(0, len(losses), size))
+        return [[end, round(sum(part) / len(part), 4)] for end, part in zip(ends, parts, strict=True)]
 
 
 def adamw(trained: list[torch.nn.Parameter], recipe: Recipe, fused: bool) -> torch.optim.Optimizer:

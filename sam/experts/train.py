@@ -9,7 +9,7 @@ import logging
 import shutil
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,20 @@ from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, WEIGHTS_FILE, Card
-from sam.experts.data import ExpertDataModule, Recipe, draw_sentences
+from sam.experts.data import ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
-from sam.ner import Sentence
+from sam.ner import Sentence, entity_types
 from sam.results import versions
+from sam.seeding import rng
 
 log = logging.getLogger(__name__)
+
+HELDOUT_CHARACTERS = 600
+"""Longer sentences than this are not among those that a finished expert is scored on."""
+
+KEPT = ("n", "precision", "recall", "f1", "span_f1", "unparsable", "truncated", "not_in_sentence")
+"""The scores that a card holds of each dataset."""
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Lightning's precisions that leave the base model's weights as they are (``bf16-true`` would cast them in place)."""
@@ -76,11 +83,20 @@ def train_expert(
     settings = {**trainer, "precision": precision}
     sentences, types = data.sentences, data.types
     # All that can be missing is asked for before hours are spent on training.
-    heldout = {d: draw_heldout(d, recipe) for domain in domains for d in domain}
+    seen = {s.text for s in sentences}
+    heldout = {d: draw_heldout(d, recipe, seen) for domain in domains for d in domain}
     centroid = tuple(round(x, 6) for x in encoder.centroid([s.text for s in sentences], limit=2000))
     try:
         weights = fit(module, data, settings, work / digest, checkpoint_every, logger)
         config = module.net.peft_config["default"]
+        training = {
+            "seconds": round(module.seconds, 1),
+            "steps": len(data.plan),
+            "parameters": sum(w.numel() for w in weights.values()),
+            "18HrL": 18 * base.model.config.hidden_size * recipe.r * base.model.config.num_hidden_layers,
+            "device": base.device,
+            "curve": module.curve(),
+        }
     finally:
         module.unload()
         # Lightning leaves the model on the CPU when it is done.
@@ -104,6 +120,7 @@ def train_expert(
             recipe={**recipe.to_dict(), "precision": precision, "hash": digest},
             sentences=len(sentences),
             scores=scores,
+            training=training,
             licences={d: corpora.spec(d).licence for domain in domains for d in domain},
             versions=versions(),
         )
@@ -183,27 +200,30 @@ def _save_adapter(folder: Path, weights: Mapping[str, torch.Tensor], config: Any
     config.save_pretrained(str(folder))
 
 
-def draw_heldout(dataset: str, recipe: Recipe) -> list[Sentence]:
-    """``recipe.heldout`` sentences of a source dataset's dev split (test where there is none), drawn by the seed.
+def held_split(dataset: str) -> str | None:
+    """The split of a source dataset that finished experts are scored on: test, else dev, else none."""
+    return next((s for s in ("test", "dev") if s in corpora.spec(dataset).splits), None)
 
-    None for a dataset that has neither: its train split is what the expert has seen.
+
+def draw_heldout(dataset: str, recipe: Recipe, seen: Collection[str] = ()) -> list[Sentence]:
+    """``recipe.heldout`` sentences of a source dataset's held-out split, drawn by the seed; no text that is ``seen``.
+
+    With and without mentions, as they come. Empty for a dataset that has nothing but what the expert was trained on.
     """
-    splits = corpora.spec(dataset).splits
-    split = next((s for s in ("dev", "test") if s in splits), None)
+    split = held_split(dataset)
     if not recipe.heldout or split is None:
         return []
-    one = Recipe(**{**recipe.to_dict(), "sentences": recipe.heldout, "seed": recipe.seed + 1_000})
-    return draw_sentences([dataset], split, one, lambda s, types: len(s.text) <= 600)[dataset][0]
+    sentences = [s for s in corpora.load(dataset, split) if len(s.text) <= HELDOUT_CHARACTERS and s.text not in seen]
+    return rng(recipe.seed, "held out", dataset).sample(sentences, min(recipe.heldout, len(sentences)))
 
 
 def score_heldout(
     base: Base, folder: Path, heldout: Mapping[str, Sequence[Sentence]], decode: DecodeSpec
 ) -> dict[str, Any]:
-    """F1 of the saved adapter on held-out sentences of each dataset, and their mean."""
+    """Scores of the saved adapter on held-out sentences of each dataset, asked for all its types; and their mean F1."""
     from sam.decoding.greedy import decode as run
     from sam.decoding.packed import PackedWeights
     from sam.merging import AdapterDeltas, MergeSpec, merge_modules
-    from sam.ner import entity_types
     from sam.scoring import score
 
     by_dataset: dict[str, Any] = {}
@@ -213,12 +233,13 @@ def score_heldout(
         for dataset, sentences in heldout.items():
             if not sentences:
                 continue
-            types = entity_types(sentences)
+            split = str(held_split(dataset))
+            types = entity_types(corpora.load(dataset, split))
             answers = run(base, types, [s.text for s in sentences], decode)
             found = [
                 prompts.predict(s.text, a.text, types, a.truncated) for s, a in zip(sentences, answers, strict=True)
             ]
-            scores = score(sentences, found)
-            by_dataset[dataset] = {"f1": scores.f1, "n": scores.n, "unparsable": scores.unparsable}
+            scores = score(sentences, found).to_dict()
+            by_dataset[dataset] = {"split": split, **{name: scores[name] for name in KEPT}}
     mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
-    return {"split": "held-out sentences of its own datasets", "datasets": by_dataset, "mean_f1": mean}
+    return {"datasets": by_dataset, "mean_f1": mean}

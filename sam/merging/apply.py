@@ -54,6 +54,12 @@ class MergedWeights:
         if self._holds:
             self._restore()
 
+    def settle(self) -> None:
+        """Make the merge the model's own weights: there is nothing to undo any more."""
+        self._originals.clear()
+        if self._holds:
+            self._restore()
+
     @property
     def applied(self) -> tuple[str, ...]:
         """The names of the modules that hold a merged weight."""

@@ -80,6 +80,10 @@ def _all(query: Query) -> dict[str, Selection]:
     return {"all": Selection("all", tuple(query.names), {})}
 
 
+def _each(query: Query) -> dict[str, Selection]:
+    return {name: Selection("each", (name,), {}) for name in query.names}
+
+
 def _named(query: Query) -> dict[str, Selection]:
     return {"named": Selection("named", tuple(query.experts), {})}
 
@@ -91,24 +95,24 @@ def _oracle(query: Query) -> dict[str, Selection]:
 
 @dataclass(frozen=True)
 class Selector:
-    """``models``: the names of the task models that it makes; ``uses_k``: whether k bounds them."""
+    """``choose`` names the task models and their experts; ``uses_k``: whether k bounds how many are merged."""
 
     choose: Callable[[Query], dict[str, Selection]]
-    models: tuple[str, ...]
     uses_k: bool = True
     uses_sample: bool = False
     uses_gold: bool = False
 
 
 SELECTORS: dict[str, Selector] = {
-    "sam": Selector(_sam, ("domain", "sampling"), uses_sample=True),
-    "sameco": Selector(_sameco, ("sameco",), uses_sample=True),
-    "domain": Selector(_domain, ("domain",)),
-    "sampling": Selector(_sampling, ("sampling",), uses_sample=True),
-    "random": Selector(_random, ("random",)),
-    "all": Selector(_all, ("all",), uses_k=False),
-    "named": Selector(_named, ("named",), uses_k=False),
-    "oracle": Selector(_oracle, ("oracle",), uses_gold=True),
+    "sam": Selector(_sam, uses_sample=True),
+    "sameco": Selector(_sameco, uses_sample=True),
+    "domain": Selector(_domain),
+    "sampling": Selector(_sampling, uses_sample=True),
+    "random": Selector(_random),
+    "all": Selector(_all, uses_k=False),
+    "each": Selector(_each, uses_k=False),
+    "named": Selector(_named, uses_k=False),
+    "oracle": Selector(_oracle, uses_gold=True),
 }
 
 

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from sam.console import console
 from sam.engine import SINGLE, Engine
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """``progress(description, total)`` starts a bar and returns what advances it."""
+
+
+class Spent(NamedTuple):
+    """What a model's answers on a target took: the share of its merging and decoding, and of its answers those decoded
+    now; the others were kept from before, and took no time."""
+
+    seconds: float
+    decoded: float
 
 
 @contextmanager
@@ -60,23 +68,24 @@ def sample(
         engine.predict_all([name], SINGLE, asked, step)
 
 
-def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress) -> dict[str, float]:
+def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress) -> dict[str, dict[str, Spent]]:
     """What each task model answers on all sentences of all targets that selected it.
 
-    ``modules``: target name -> its module, set up. Returns the seconds of each target: of every model's merging and
-    decoding, the share of its sentences.
+    ``modules``: target name -> its module, set up. Returns target -> model -> what its answers took.
     """
-    groups: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, module in modules.items():
-        for selection in module.selections.values():
-            groups[engine.key(selection.experts, module.merge)].append((name, selection))
+        for model, selection in module.selections.items():
+            groups[engine.key(selection.experts, module.merge)].append((name, model))
     step = progress("extraction", sum(len(modules[name].target.sentences) for g in groups.values() for name, _ in g))
-    seconds = dict.fromkeys(modules, 0.0)
+    took: dict[str, dict[str, Spent]] = {name: {} for name in modules}
     for group in groups.values():
         asked = [(modules[n].target.types, s.text) for n, _ in group for s in modules[n].target.sentences]
-        start = time.perf_counter()
-        engine.predict_all(group[0][1].experts, modules[group[0][0]].merge, asked, step)
-        spent = time.perf_counter() - start
-        for name, _ in group:
-            seconds[name] += spent * len(modules[name].target.sentences) / len(asked)
-    return seconds
+        first = modules[group[0][0]]
+        start, decoded = time.perf_counter(), engine.counts["decoded"]
+        engine.predict_all(first.selections[group[0][1]].experts, first.merge, asked, step)
+        spent, decoded = time.perf_counter() - start, engine.counts["decoded"] - decoded
+        for name, model in group:
+            share = len(modules[name].target.sentences) / len(asked)
+            took[name][model] = Spent(round(spent * share, 2), round(decoded / len(asked), 4))
+    return took

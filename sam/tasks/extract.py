@@ -81,14 +81,14 @@ def plan(config: Mapping[str, Any]) -> Plan:
         chosen = len(experts) if selector == "named" else len(names) if selector == "all" else config["k"]
         if chosen > 1 and len(merge.weights) != chosen:
             raise SamError(f"merge.weights has {len(merge.weights)} values for {chosen} experts; give one an expert")
-    targets = load_targets(config["target"], config["limit"])
+    targets = load_targets(config["target"], config["limit"], config["limit_seed"])
     if SELECTORS[selector].uses_gold and not all(t.scored for t in targets):
         raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
-    from sam.base import fingerprint, folder
+    from sam.base import identity
 
     used = sorted({*names, *experts})
-    pool.check(fingerprint(folder(base)), prompts.PROMPT_VERSION, used)
+    pool.check(identity(base), prompts.PROMPT_VERSION, used)
     hashes = {name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used}
     return Plan(base, encoder, pool, names, experts, merge, decode, targets, hashes)
 
@@ -138,14 +138,14 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
 
 def facts(planned: Plan) -> dict[str, Any]:
     """What a result stands on beside its config: the experts' and the targets' content, and versions."""
-    from sam.base import fingerprint, folder, settings_hash
+    from sam.base import folder, identity, settings_hash
 
     experts = {n: [h, planned.pool.cards[n].encoder, planned.pool.cards[n].centroid] for n, h in planned.hashes.items()}
     data = repr([(t.name, t.types, t.sentences, t.unlabelled) for t in planned.targets])
     return {
         "schema": SCHEMA,
         "prompt": prompts.PROMPT_VERSION,
-        "base": [fingerprint(folder(planned.base)), settings_hash(folder(planned.base))],
+        "base": [identity(planned.base), settings_hash(folder(planned.base))],
         "merging": MERGE_VERSION,
         "experts": experts,
         "targets": hashlib.sha256(data.encode()).hexdigest(),
@@ -166,10 +166,14 @@ def _held(kind: str, key: Any, make: Callable[[], Any]) -> Any:
 
 def engine_facts(planned: Plan) -> tuple[Any, ...]:
     """All that an engine holds: the base model's content and the experts'."""
-    from sam.base import fingerprint, folder, settings_hash
+    from sam.base import folder, identity, settings_hash
 
-    path = folder(planned.base)
-    return planned.base, fingerprint(path), settings_hash(path), tuple(sorted(planned.hashes.items()))
+    return (
+        planned.base,
+        identity(planned.base),
+        settings_hash(folder(planned.base)),
+        tuple(sorted(planned.hashes.items())),
+    )
 
 
 def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -227,11 +231,11 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
             with ahead.uncounted(engine):
                 for module in modules.values():
                     module.setup("predict")
-            seconds = ahead.answer(engine, modules, progress)
+            took = ahead.answer(engine, modules, progress)
         with ahead.uncounted(engine):
             for module in modules.values():
                 trainer.predict(module, return_predictions=False)
-        targets = {name: report(module, seconds[name]) for name, module in modules.items()}
+        targets = {name: report(module, took[name]) for name, module in modules.items()}
         rows = [row for module in modules.values() for row in prediction_rows(module)]
     except BaseException:
         _HELD.clear()  # what failed for want of memory must not want it for the rest of a sweep
@@ -242,8 +246,8 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
     return sections(targets, engine), rows
 
 
-def report(module: Any, seconds: float) -> dict[str, Any]:
-    """One target's section of ``result.json``."""
+def report(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
+    """One target's section of ``result.json``; ``took``: model -> what its answers took."""
     target, scored = module.target, bool(module.target.scored)
     scores = {name: s.to_dict() for name, s in module.scores().items()} if scored else {}
     models = {
@@ -251,6 +255,8 @@ def report(module: Any, seconds: float) -> dict[str, Any]:
             "experts": list(selection.experts),
             "model_key": module.engine.key(selection.experts, module.merge),
             "scores": scores.get(name),
+            "seconds": took[name].seconds,
+            "decoded": took[name].decoded,
         }
         for name, selection in module.selections.items()
     }
@@ -261,7 +267,7 @@ def report(module: Any, seconds: float) -> dict[str, Any]:
         "selections": {name: s.to_dict() for name, s in module.selections.items()},
         "models": models,
         "combined": {"rule": module.rule, "scores": scores.get("combined")},
-        "seconds": round(seconds, 2),
+        "seconds": round(sum(spent.seconds for spent in took.values()), 2),
     }
 
 
@@ -307,7 +313,7 @@ def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
 
 def head(config: Mapping[str, Any], digest: str, overrides: Sequence[str], planned: Plan) -> dict[str, Any]:
     """The result's provenance."""
-    from sam.base import fingerprint, folder
+    from sam.base import identity
 
     return {
         "schema": SCHEMA,
@@ -316,7 +322,7 @@ def head(config: Mapping[str, Any], digest: str, overrides: Sequence[str], plann
         "overrides": list(overrides),
         "git_commit": git_commit(),
         "versions": versions(),
-        "base": {"name": planned.base.name, "fingerprint": fingerprint(folder(planned.base))},
+        "base": {"name": planned.base.name, "fingerprint": identity(planned.base)},
     }
 
 

@@ -13,7 +13,17 @@ from sam import prompts
 from sam.base import Base
 from sam.errors import SamError
 from sam.experts import ExpertDataModule, Recipe
-from sam.experts.data import Example, Renderer, ResumableSampler, batches, collate, draw_sentences, rng
+from sam.experts.data import (
+    Example,
+    Renderer,
+    ResumableSampler,
+    batches,
+    collate,
+    draw_sentences,
+    foreign_types,
+    rng,
+)
+from sam.experts.detokenise import detokenised
 from sam.ner import Mention, Sentence
 from tests.tiny import config, one_line
 from tests.toy_training import toy, use_toys
@@ -234,3 +244,63 @@ def test_bad_recipe_is_one_line(change: dict[str, float], said: str) -> None:
 
 def test_shipped_recipe_is_one() -> None:
     assert Recipe.from_config(config("train", "default")).sentences > 0
+
+
+def test_negatives_are_foreign_types_without_gold(tiny: Base) -> None:
+    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.0, negatives=3))
+    foreign = ["gene", "drug", "cell", "organ"]
+    added: Counter[int] = Counter()
+    for epoch in range(200):
+        example = renderer(SENTENCE, TYPES, epoch, foreign)
+        text = tiny.tokenizer.decode(example.ids[: -example.answer])
+        assert set(TYPES) <= set(asked(text)) <= {*TYPES, *foreign}
+        added[len(asked(text)) - len(TYPES)] += 1
+        answer = tiny.tokenizer.decode(example.ids[-example.answer : -1])
+        assert answer == prompts.answer(SENTENCE, asked(text)) and not set(foreign) & {
+            t for t, _ in prompts.parse(answer).pairs
+        }
+    assert set(added) == {0, 1, 2, 3} and min(added.values()) > 30
+    one = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.0, negatives=3, max_types=10))
+    assert {len(asked(tiny.tokenizer.decode(one(SENTENCE, TYPES, e, foreign).ids))) for e in range(20)} == {10}
+
+
+def test_foreign_types_are_other_domains_and_never_the_datasets_own_nor_a_targets() -> None:
+    foreign = foreign_types("conll2003")
+    assert "gene or protein" in foreign and "court" in foreign
+    assert not set(foreign) & {"person", "location", "organization", "miscellaneous"}
+    assert "street" in foreign_types("bc5cdr")
+    assert "building" not in foreign  # topres19th's, of the same domain, whose text may hold it unmarked
+    assert not set(foreign) & {"restaurant name", "political party", "astronomical object"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected", "mentions"),
+    [
+        ("He saw Bath , Rome ( Italy ) .", "He saw Bath, Rome (Italy).", ["Bath", "Rome", "Italy"]),
+        ("C + + and C are old .", "C++ and C are old.", ["C + +", "C"]),
+        ('It is " Up " , they did n\'t say .', 'It is "Up", they didn\'t say.', ["Up"]),
+        ("Ada 's 5 % of Ltd. , Inc .", "Ada's 5% of Ltd., Inc.", ["Ada", "Ltd."]),
+        ("Already fine.", "Already fine.", ["fine"]),
+        (". start and end (", ". start and end (", ["start"]),
+        ("no gold , here", "no gold, here", None),
+    ],
+)
+def test_detokenised_text_keeps_its_mentions(tokens: str, expected: str, mentions: list[str] | None) -> None:
+    gold = None
+    if mentions is not None:
+        gold = tuple(Mention(tokens.index(m), tokens.index(m) + len(m), "t") for m in mentions)
+    found = detokenised(Sentence("s/0", tokens, gold))
+    assert found.text == expected
+    if mentions is None:
+        assert found.mentions is None
+    else:
+        assert [found.surface(m) for m in found.mentions or ()] == [m.replace(" + +", "++") for m in mentions]
+    assert detokenised(found) == found
+
+
+def test_detokenise_is_a_chance(tiny: Base) -> None:
+    sentence = replace(SENTENCE, text="Ada saw London .")
+    for chance, shown in ((0.0, {False}), (0.5, {False, True}), (1.0, {True})):
+        renderer = Renderer(tiny.tokenizer, 0, Recipe(detokenise=chance))
+        texts = [tiny.tokenizer.decode(renderer(sentence, TYPES, e).ids) for e in range(30)]
+        assert {"London.\n" in text for text in texts} == shown

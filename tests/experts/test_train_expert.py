@@ -93,7 +93,12 @@ def test_card_says_what_was_done(tiny: Base, whole: Path) -> None:
         "hash": recipe_hash(tiny, [["toy"]], RECIPE, "32-true"),
     }
     assert card.scores["datasets"]["toy"]["n"] == 2 and card.licences == {"toy": "CC0-1.0"}
-    assert "| toy | CC0-1.0 |" in (whole / "README.md").read_text()
+    training = card.training
+    assert training["steps"] == STEPS and training["seconds"] > 0
+    assert training["parameters"] == sum(t.numel() for t in load_file(whole / "adapter_model.safetensors").values())
+    assert [step for step, _ in training["curve"]] == list(range(1, STEPS + 1))
+    assert training["curve"][0][1] > training["curve"][-1][1] > 0
+    assert "| toy | CC0-1.0 | 2 of test |" in (whole / "README.md").read_text()
     assert sorted(p.name for p in whole.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -287,18 +292,19 @@ def test_heldout_sentences_come_from_dev_or_test_never_from_train(monkeypatch: p
         return type("Spec", (), {"splits": dict.fromkeys(splits)})()
 
     monkeypatch.setattr(corpora, "load", lambda dataset, split: toy(dataset, split, 10))
-    for splits, expected in [(("train", "dev", "test"), "dev"), (("test", "train"), "test")]:
+    for splits, expected in [(("train", "dev", "test"), "test"), (("dev", "train"), "dev")]:
         monkeypatch.setattr(corpora, "spec", lambda dataset, splits=splits: spec(*splits))
         drawn = draw_heldout("toy", RECIPE)
         assert len(drawn) == 2 and {s.id.split("/")[1] for s in drawn} == {expected}
         assert drawn == draw_heldout("toy", RECIPE)
+        assert not {s.text for s in draw_heldout("toy", RECIPE, {drawn[0].text})} & {drawn[0].text}
     monkeypatch.setattr(corpora, "spec", lambda dataset: spec("train"))
     assert draw_heldout("toy", RECIPE) == []
 
 
 def test_what_is_missing_is_missed_before_training(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(dataset: str, split: str) -> Any:
-        if split == "dev":
+        if split == "test":
             raise SamError("no such file")
         return toy(dataset, split)
 
@@ -314,7 +320,8 @@ def test_scores_are_those_of_the_saved_adapter(
 ) -> None:
     """Answers that name what is there score 1, and they are asked of base + ΔW of the saved weights."""
     caplog.set_level(logging.INFO)
-    sentences = toy("toy", "dev", 4)
+    sentences = toy("toy", "test", 4)
+    monkeypatch.setattr(corpora, "load", lambda dataset, split: sentences)
     asked: list[torch.Tensor] = []
 
     def perfect(base: Base, types: list[str], texts: list[str], spec: Any) -> list[Any]:
@@ -327,7 +334,9 @@ def test_scores_are_those_of_the_saved_adapter(
 
     monkeypatch.setattr("sam.decoding.greedy.decode", perfect)
     scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, DecodeSpec(8, 2, "exact"))
-    assert scores["datasets"] == {"toy": {"f1": 1.0, "n": 4, "unparsable": 0}} and scores["mean_f1"] == 1.0
+    assert scores["mean_f1"] == 1.0 and set(scores["datasets"]) == {"toy"}
+    toys = scores["datasets"]["toy"]
+    assert (toys["split"], toys["n"], toys["precision"], toys["recall"], toys["unparsable"]) == ("test", 4, 1.0, 1.0, 0)
     name = "model.layers.0.mlp.up_proj"
     expected = tiny.model.get_submodule(name).weight + AdapterDeltas.open(whole).delta(name)
     assert torch.allclose(asked[0], expected, atol=1e-5)

@@ -1,0 +1,167 @@
+"""The main comparison from made-up runs: figures worked by hand, and what may not leave with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import bootstrap
+from experiments.collect import MEAN
+from experiments.main_table import compare, latex, main, markdown, published
+from sam.errors import SamError
+from tests.tiny import one_line
+
+TEXT = "Ada met Bob in Bath."
+GOLD: list[list[Any]] = [["person", 0, 3], ["person", 8, 11], ["place", 15, 19]]
+PAIRS = [["person", "Ada"], ["person", "Bob"], ["place", "Bath"]]
+
+
+def write_run(
+    root: Path, name: str, found: dict[str, dict[str, int]], seed: int = 0, ids: str = "s", **more: Any
+) -> None:
+    """A job of selector ``name`` whose models found the first n of the gold pairs in both sentences of each target.
+
+    ``found``: target -> model -> n; the combination is that of the last model.
+    """
+    experts = more.get("experts")
+    targets, lines = {}, []
+    for target, models in found.items():
+        combined = list(models.values())[-1]
+        targets[target] = {
+            "labels_used_for_selection": name == "oracle",
+            "models": {
+                m: {"experts": experts or [m], "model_key": m, "scores": scores(n), "seconds": 2.0, "decoded": 0.5}
+                for m, n in models.items()
+            },
+            "combined": {"scores": scores(combined)},
+        }
+        for i in range(2):
+            extra = [["place", "Nowhere"]] if name == "sam" else []
+            lines.append(
+                {
+                    "target": target,
+                    "id": f"{ids}/{i}",
+                    "text": TEXT,
+                    "gold": GOLD,
+                    "models": {m: {"pairs": PAIRS[:n], "mentions": []} for m, n in models.items()},
+                    "combined": {"pairs": PAIRS[:combined] + extra, "mentions": []},
+                }
+            )
+    config = {"selector": {"name": name}, "k": 3, "seed": seed, "base": {"name": "tiny"}}
+    result = {"schema": 1, "config": config, "git_commit": "c0ffee", "targets": targets, "overrides": []}
+    folder = root / f"{name}-{'-'.join(experts or [])}{seed}"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def scores(n: int) -> dict[str, Any]:
+    f1 = 2 * n / (n + 3)
+    counts = {"n": 2, "predicted": 2 * n, "unparsable": 1, "not_in_sentence": 0}
+    return {"precision": 1.0, "recall": n / 3, "f1": f1, "span_f1": f1, **counts}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    root = tmp_path / "sweep"
+    write_run(root, "named", {"a": {"named": 1}, "b": {"named": 2}}, experts=["unified"])
+    write_run(root, "named", {"a": {"named": 1}, "b": {"named": 1}}, experts=["unified_small"])
+    write_run(root, "each", {"a": {"news": 1, "stem": 3}, "b": {"news": 2, "stem": 1}})
+    write_run(root, "random", {"a": {"random": 1}, "b": {"random": 1}}, seed=0)
+    write_run(root, "random", {"a": {"random": 3}, "b": {"random": 3}}, seed=1)
+    write_run(root, "sam", {"a": {"domain": 1, "sampling": 3}, "b": {"domain": 1, "sampling": 2}})
+    write_run(root, "oracle", {"a": {"oracle": 3}, "b": {"oracle": 3}})
+    return root
+
+
+def test_rows_and_their_figures(sweep: Path) -> None:
+    found = compare(sweep)
+    assert list(found.rows) == [
+        *("unified", "unified, one expert's budget", "expert news", "expert stem", "experts, mean", "experts, best"),
+        *("experts, union of all", "random 3", "SaM", "top k by gold F1"),
+    ]
+
+    def f1(row: str, target: str) -> float:
+        return found.f1(found.rows[row], target).value
+
+    assert f1("unified", "a") == pytest.approx(0.5) and f1("unified", "b") == pytest.approx(0.8)
+    assert f1("unified", MEAN) == pytest.approx(0.65)
+    assert f1("expert stem", "a") == pytest.approx(1.0)
+    assert f1("experts, mean", "b") == pytest.approx((0.8 + 0.5) / 2)
+    assert f1("experts, best", MEAN) == pytest.approx((1.0 + 0.8) / 2)
+    assert f1("random 3", "a") == pytest.approx((0.5 + 1.0) / 2)  # two seeds
+    assert f1("SaM", "a") == pytest.approx(6 / 7)  # three found, one made up
+    absolute, relative = found.against(found.rows["SaM"], found.rows["unified"], "a")
+    assert absolute.value == pytest.approx(6 / 7 - 0.5) and relative.value == pytest.approx((6 / 7 - 0.5) / 0.5)
+    assert [row.label for row in found.rows.values() if row.gold] == ["experts, best", "top k by gold F1"]
+    assert found.figure(found.rows["unified"], MEAN, "unparsable") == 0.5
+    assert found.figure(found.rows["SaM"], "a", "seconds") == 8.0  # two models, 2 s for half of the answers each
+
+
+def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main([str(sweep), "--out", str(out)]) == 0 and "main_table.md" in capsys.readouterr().out
+    lines = [json.loads(x) for x in lzma.decompress((out / "predictions" / "sam-0.jsonl.xz").read_bytes()).splitlines()]
+    assert lines[0]["combined"] == [["person", 0, 3], ["person", 8, 11], ["place", 15, 19], ["place", "Nowhere"]]
+    assert lines[0]["models"]["domain"]["pairs"] == [["person", 0, 3]] and lines[0]["id"] == "s/0"
+    everything = b"".join(
+        lzma.decompress(p.read_bytes()) if p.suffix == ".xz" else p.read_bytes() for p in out.rglob("*.*")
+    )
+    assert b"Ada" not in everything and b"met" not in everything.replace(b"method", b"")
+    with (out / "main_table.csv").open() as file:
+        records = list(csv.DictReader(file))
+    (ours,) = (r for r in records if (r["system"], r["target"]) == ("SaM", "a"))
+    assert float(ours["f1"]) == pytest.approx(6 / 7, abs=1e-6) and float(ours["f1_low"]) <= float(ours["f1"])
+    assert json.loads((out / "main_table.json").read_text())["sentences"] == {"a": ["s/0", "s/1"], "b": ["s/0", "s/1"]}
+
+
+def test_markdown_and_latex_name_all_rows_and_mark_gold(sweep: Path) -> None:
+    found = compare(sweep)
+    text = markdown(found)
+    assert "| top k by gold F1 † |" in text and "| SaM | 85.7 |" in text and "| GNER-T5-base | 248M |" in text
+    assert r"unified, one expert's budget & 50.0" in latex(found) and r"$^\dagger$" in latex(found)
+
+
+def test_what_does_not_compare_is_refused(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(sweep, "all", {"a": {"all": 1}}, ids="other")
+    with pytest.raises(SamError) as error:
+        compare(sweep)
+    assert "scored other sentences of a" in one_line(error)
+    write_run(tmp_path / "few", "sam", {"a": {"domain": 1}})
+    assert main([str(tmp_path / "few")]) == 2
+    assert "no job of unified" in capsys.readouterr().err
+
+
+def test_bootstrap_is_paired_and_covers(sweep: Path) -> None:
+    rng = np.random.default_rng(0)
+    n, truth, covered = 150, 0.6, 0
+    weights = bootstrap.resamples(n, "t")
+    assert weights.shape == (bootstrap.ROUNDS, n) and set(weights.sum(axis=1)) == {n}
+    assert np.array_equal(weights, bootstrap.resamples(n, "t")) and not np.array_equal(
+        weights, bootstrap.resamples(n, "u")
+    )
+    for _ in range(60):
+        tp = rng.binomial(4, truth, n).astype(float)
+        counts = np.stack([tp, np.full(n, 4.0), np.full(n, 4.0)])  # F1 is then the share of the four that are found
+        found = bootstrap.interval(bootstrap.f1(counts), bootstrap.f1_of(counts, weights))
+        covered += found.low <= truth <= found.high
+        assert np.ptp(bootstrap.f1_of(counts, weights) - bootstrap.f1_of(counts, weights)) == 0
+    assert 51 <= covered <= 60  # 95 % of 60 is 57
+    assert (
+        bootstrap.f1(np.zeros((3, 4))) == 0.0
+        and not bootstrap.f1_of(np.zeros((3, 4)), bootstrap.resamples(4, "z")).any()
+    )
+
+
+def test_published_rows_have_sizes_sources_and_means() -> None:
+    for row in published():
+        assert row["size"] and row["source"] and 0 < float(row["mean"]) < 100
+        cells = [float(v) for k, v in row.items() if k.startswith(("mit", "crossner")) and v]
+        assert len(cells) in (0, 7)
+        assert not cells or sum(cells) / 7 == pytest.approx(float(row["mean"]), abs=0.15), row["model"]
