@@ -45,7 +45,8 @@ def toy(dataset: str, split: str, n: int = 40) -> list[Sentence]:
 def use_toys(patch: pytest.MonkeyPatch, load: Callable[[str, str], list[Sentence]] = toy) -> None:
     """Put toy datasets in place of the corpora, each with the splits train and dev."""
     patch.setattr(corpora, "load", load)
-    spec = SimpleNamespace(splits={"train": None, "dev": None}, licence="CC0-1.0")
+    known = {"role": "source", "domain": "toys", "types": ["location", "person"], "licence": "CC0-1.0"}
+    spec = SimpleNamespace(splits={"train": None, "dev": None}, **known)
     patch.setattr(corpora, "spec", lambda dataset: spec)
 
 

@@ -40,7 +40,8 @@ Trained on {card.sentences} sentences, {recipe["epochs"]} epoch(s), batch {recip
 Entity types: {", ".join(card.types)}.
 
 Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the answer
-is a JSON object from type to texts. Load it with PEFT, or put the folder into a pool of SaM.
+is a JSON object from type to texts. Put the folder into a pool of SaM, or load it with PEFT alone; where its pool has
+an adapter `start`, that one is merged into the base model first (`load_adapter`, `merge_and_unload`).
 
 Limits: a small model on a small budget; English; it extracts flat mentions of the types named in the prompt, misses
 many, and invents some. The data's licences (some non-commercial) may bear on what it is used for.

@@ -152,12 +152,16 @@ def test_missing_file_is_refused(pool: Pool, tiny: Base, file: str, said: str) -
     assert str(pool.path / "news") in one_line(error) and file in str(error.value)
 
 
+SCORES = {"split": "test", "n": 30, "precision": 0.5, "recall": 0.3809, "f1": 0.4321, "unparsable": 1}
+
+
 def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     recipe = {"r": 8, "alpha": 16, "epochs": 2, "batch_size": 2, "lr": 0.001, "seed": 5, "label_drop": 0.15}
-    card = make_card("stem", "0123456789abcdef", scores={"datasets": {"stem_one": {"f1": 0.4321, "n": 30}}})
+    card = make_card("stem", "0123456789abcdef", scores={"datasets": {"stem_one": SCORES}})
     write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "bf16-mixed"}))
     text = (tmp_path / "README.md").read_text()
-    assert "| stem_one | CC-BY-4.0 | 43.2 (30) |\n| stem_two | not stated | not measured |" in text
+    assert "| stem_one | CC-BY-4.0 | 30 of test | 50.0 | 38.1 | 43.2 | 1 |\n" in text
+    assert "| stem_two | not stated | not measured | – | – | – | – |\n" in text
     for part in (
         "r=8, alpha=16",
         "2 epoch(s)",
@@ -165,5 +169,10 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
         "bf16-mixed",
         "fingerprint 0123456789ab)",
         "location, person",
+        "5 steps in 61 s on cpu; loss 2.50 to",
+        "1,200 parameters",
     ):
         assert part in text
+    for role, kind in (("start", "The common start"), ("unified", "The unified baseline")):
+        write_readme(tmp_path, dataclasses.replace(card, role=role, recipe={**recipe, "precision": "32-true"}))
+        assert kind in (tmp_path / "README.md").read_text()

@@ -98,7 +98,7 @@ def test_card_says_what_was_done(tiny: Base, whole: Path) -> None:
     assert training["parameters"] == sum(t.numel() for t in load_file(whole / "adapter_model.safetensors").values())
     assert [step for step, _ in training["curve"]] == list(range(1, STEPS + 1))
     assert training["curve"][0][1] > training["curve"][-1][1] > 0
-    assert "| toy | CC0-1.0 | 2 of test |" in (whole / "README.md").read_text()
+    assert "| toy | CC0-1.0 | 2 of dev |" in (whole / "README.md").read_text()
     assert sorted(p.name for p in whole.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -304,7 +304,7 @@ def test_heldout_sentences_come_from_dev_or_test_never_from_train(monkeypatch: p
 
 def test_what_is_missing_is_missed_before_training(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(dataset: str, split: str) -> Any:
-        if split == "test":
+        if split == "dev":
             raise SamError("no such file")
         return toy(dataset, split)
 

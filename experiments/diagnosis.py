@@ -1,0 +1,137 @@
+"""Why the merged experts do or do not beat the unified model: four figures.
+
+``python -m experiments.diagnosis MAIN_TABLE.csv OWN_DATA_SWEEP --out DIR``: are the experts too weak, does merging lose
+them (both on the experts' own data, a sweep of ``experiment=own_data``), is the selection wrong, does the union cost
+precision (both on the targets, from ``experiments.main_table``)?
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.collect import COMBINED, MEAN, finished, load_jobs, score
+from experiments.figures import COLOURS, MARKERS
+from sam.errors import SamError
+
+OWN = "the domain's own expert"
+Bars = dict[str, dict[str, float]]
+"""Series -> group -> F1 (%), groups in order."""
+
+
+def own_data(folder: Path) -> Bars:
+    """F1 (%) on each source domain's own data: of the unified model, the domain's own expert, and merges.
+
+    Raises SamError where a job is missing.
+    """
+    found: Bars = {}
+    for job in finished(load_jobs(folder)):
+        selector = str(job.config["selector.name"])
+        for target in job.targets:
+            own = selector == "each"
+            name = {"named": "unified", "each": OWN, "all": "all merged"}.get(selector, f"top k by {selector}")
+            value = score(job, target, target if own else COMBINED, "f1")
+            if value is None:
+                raise SamError(
+                    f"{job.folder}: the pool has no expert named {target!r}; targets are named after experts"
+                )
+            found.setdefault(name, {})[target] = 100 * value
+    if missing := {"unified", OWN, "all merged"} - set(found):
+        raise SamError(
+            f"{folder} lacks {', '.join(sorted(missing))}; it is made by `python run.py experiment=own_data`"
+        )
+    for series in found.values():
+        series[MEAN] = sum(series.values()) / len(series)
+    return found
+
+
+def targets_of(path: Path, metric: str = "f1") -> Bars:
+    """A metric (%) of each system on each target, from the CSV of the main comparison."""
+    found: Bars = {}
+    with path.open(encoding="utf-8") as file:
+        for record in csv.DictReader(file):
+            found.setdefault(record["system"], {})[record["target"]] = 100 * float(record[metric])
+    return found
+
+
+def plot_bars(bars: Mapping[str, Mapping[str, float]], series: Sequence[str], title: str) -> Figure:
+    """Grouped bars: a colour a series, in the order given."""
+    groups = list(bars[series[0]])
+    figure, axes = plt.subplots(figsize=(1.6 + 1.15 * len(groups), 3.4), layout="constrained")
+    width = 0.8 / len(series)
+    for number, name in enumerate(series):
+        places = [i - 0.4 + (number + 0.5) * width for i in range(len(groups))]
+        axes.bar(
+            places, [bars[name][g] for g in groups], width * 0.92, label=name, color=COLOURS[number % len(COLOURS)]
+        )
+    axes.set_xticks(range(len(groups)), [g.removeprefix("crossner_") for g in groups])
+    axes.set_ylabel("F1 (%)")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False, fontsize=9)
+    return figure
+
+
+def plot_precision_recall(
+    precision: Mapping[str, Mapping[str, float]], recall: Mapping[str, Mapping[str, float]], systems: Sequence[str]
+) -> Figure:
+    """Recall against precision (%), a point a system and target, the mean large."""
+    figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
+    for number, name in enumerate(systems):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        small = [t for t in precision[name] if t != MEAN]
+        axes.scatter([recall[name][t] for t in small], [precision[name][t] for t in small], s=18, alpha=0.5, **style)
+        axes.scatter(recall[name][MEAN], precision[name][MEAN], s=90, edgecolor="white", label=name, zorder=3, **style)
+    axes.set(xlabel="recall (%)", ylabel="precision (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def draw(table: Path, own: Path) -> dict[str, Figure]:
+    """The four figures by the question that each answers."""
+    sources, targets = own_data(own), targets_of(table)
+    merges = [name for name in ("top k by domain", "all merged") if name in sources]
+    picks = [n for n in targets if n.startswith("random") or n in ("experts, best", "top k by gold F1", "all merged")]
+    chosen = [n for n in ("SaM, domain only", "SaM, sampling only") if n in targets]
+    systems = [n for n in ("unified", *chosen, "SaM", "SaMeco") if n in targets]
+    return {
+        "experts": plot_bars(sources, ["unified", OWN], "Are the experts too weak? On their own data"),
+        "merge": plot_bars(sources, [OWN, *merges], "Does merging lose them? On their own data"),
+        "selection": plot_bars(targets, [*chosen, *picks], "Is the selection wrong? On the targets"),
+        "union": plot_precision_recall(targets_of(table, "precision"), targets_of(table, "recall"), systems),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.diagnosis", description=__doc__)
+    parser.add_argument("table", type=Path, help="main_table.csv")
+    parser.add_argument("own", type=Path, help="the folder of a sweep of experiment=own_data")
+    parser.add_argument("--out", type=Path, required=True, help="write the figures (SVG) there")
+    args = parser.parse_args(argv)
+    plt.rcParams["svg.hashsalt"] = "sam"  # the same figure is the same file
+    try:
+        figures = draw(args.table, args.own)
+    except (SamError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"diagnosis_{name}.svg", metadata={"Date": None})
+        print(args.out / f"diagnosis_{name}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
