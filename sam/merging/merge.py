@@ -17,7 +17,7 @@ from sam.merging.deltas import AdapterDeltas
 from sam.merging.factors import factor_linear, factor_ties
 from sam.merging.spec import MergeSpec
 
-MERGE_VERSION = 1
+MERGE_VERSION = 2
 """Part of every model key; to be raised when a change of this package changes merged values."""
 
 

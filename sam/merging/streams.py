@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,14 +135,14 @@ def task_arithmetic_stream(sets: Sequence[DeltaSet], *, lam: float, weights: Seq
     return _sum_stream(sets, _unchanged, raw_weights(weights, len(sets), signed=True), 1.0, lam)
 
 
-def drop_generator(seed: int, name: str, module: str) -> torch.Generator:
-    """The generator, on the CPU, that draws which entries of an expert's module DARE keeps.
+def drop_generator(seed: int, name: str, module: str) -> np.random.SFC64:
+    """The generator that draws which entries of an expert's module DARE keeps: 16 bits an entry.
 
     It is seeded with SHA-256 of (seed, expert, module): neither the order of the experts, nor the global random
     state, nor the device, nor Python's salted ``hash`` has a part in it.
     """
     digest = hashlib.sha256(json.dumps([seed, name, module]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return np.random.SFC64(int.from_bytes(digest[:16], "big"))
 
 
 def _check_vote(count: int, lam: float, sign: str, aggregate: str, weights: Sequence[float] | None) -> list[float]:
@@ -175,7 +176,7 @@ def _global_cut(one: DeltaSet, density: float, scratch: Scratch, work: Tensor) -
 
 
 def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None) -> Change:
-    """Keep each entry with probability ``density`` and divide it by that, so that the mean stays."""
+    """Keep each entry with probability ``density`` (to 16 bits) and divide it by that, so that the mean stays."""
     check_density(density)
     check_seed(seed)
     experts = [str(index) for index in range(count)] if names is None else list(names)
@@ -184,11 +185,14 @@ def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None
     if density == 1:
         return _unchanged
 
+    chances = min(max(round(density * 65536), 1), 65535)  # of the values of 16 bits, those that keep an entry
+
     def drop(index: int, module: str, delta: Tensor) -> Iterator[Tensor]:
         generator = drop_generator(seed, experts[index], module)
         for block in _blocks(delta):
-            kept = torch.rand(block.shape, generator=generator) < density
-            yield (block * kept.to(block.device)).div_(density)
+            drawn = generator.random_raw(-(-block.numel() // 4)).view(np.int16)[: block.numel()]
+            kept = torch.from_numpy(drawn) < chances - 32768
+            yield torch.where(kept.to(block.device), block, 0.0).mul_(65536 / chances)
 
     return drop
 
