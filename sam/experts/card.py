@@ -107,7 +107,8 @@ class Pool:
             if card.base_fingerprint != fingerprint:
                 raise SamError(
                     f"expert {name!r} was trained on base {card.base} ({card.base_fingerprint[:12]}), not on this one "
-                    f"({fingerprint[:12]}); choose base={card.base} or a pool trained on this base"
+                    f"({fingerprint[:12]}); choose base={card.base} with the base.fold it was trained with, or a pool "
+                    "trained on this base"
                 )
             if card.prompt_version != prompt_version:
                 raise SamError(

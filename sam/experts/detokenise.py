@@ -12,8 +12,8 @@ from dataclasses import replace
 from sam.ner import Mention, Sentence
 
 _SPACE = re.compile(
-    r""" (?=[.,;:!?%)\]}…’”](?:[ .,;:!?)"'’”]|$)|'(?:s|re|ve|ll|d|m|S)\b|n't\b|\+ ?\+)"""  # before what closes
-    r"""|(?<=[(\[{$£€“‘]) |(?<=\+) (?=\+)"""  # after what opens
+    r""" (?=[.,!?%)\]}…’”](?: |$)|[;:](?: \w|$)|'(?:s|re|ve|ll|d|m|S)\b|n't\b|\+ ?\+)"""  # before what closes
+    r"""|(?<=[(\[{$£€“‘]) |(?<=\+) (?=\+)|(?<=\d \.) (?=\d)"""  # after what opens
 )
 _QUOTE = re.compile(r'(?<!\S)"(?!\S)')
 
@@ -21,11 +21,12 @@ _QUOTE = re.compile(r'(?<!\S)"(?!\S)')
 def detokenised(sentence: Sentence) -> Sentence:
     """``sentence`` without the spaces that tokenising put before closing and after opening punctuation.
 
-    Lone straight quotes open and close in turn. Offsets of the gold mentions follow the text.
+    Lone straight quotes open and close in turn, where their number is even. Offsets of the gold mentions follow the text.
     """
     text = sentence.text
     gone = {match.start() for match in _SPACE.finditer(text)}
-    for turn, quote in enumerate(_QUOTE.finditer(text)):
+    quotes = list(_QUOTE.finditer(text))
+    for turn, quote in enumerate(quotes if len(quotes) % 2 == 0 else []):
         gone.add(quote.end() if turn % 2 == 0 else quote.start() - 1)
     removed = sorted(position for position in gone if 0 < position < len(text) - 1)
     kept = "".join(c for position, c in enumerate(text) if position not in gone or position in (0, len(text) - 1))

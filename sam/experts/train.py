@@ -23,7 +23,7 @@ from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, WEIGHTS_FILE, Card
-from sam.experts.data import ExpertDataModule, Recipe
+from sam.experts.data import DATA_VERSION, ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
 from sam.ner import Sentence, entity_types
@@ -45,7 +45,7 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str) -> str:
     """The hash of all that decides what is learnt; ``heldout`` only measures and is left out."""
     learnt = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
-    parts = [base.fingerprint, prompts.PROMPT_VERSION, [list(d) for d in domains], learnt, precision]
+    parts = [base.fingerprint, prompts.PROMPT_VERSION, DATA_VERSION, [list(d) for d in domains], learnt, precision]
     parts += [] if base.dtype == "float32" else [base.dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

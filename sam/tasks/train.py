@@ -27,6 +27,8 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     for dataset in (d for part in domain["domains"] for d in part):
         if "train" not in corpora.spec(dataset).splits:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
+    if domain["role"] == "start" and config["base"].get("fold"):
+        raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")
     base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"]))
     with tracked(config, folder, group, name=f"train {domain['name']}") as run:
         logger: Any = False
