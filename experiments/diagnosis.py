@@ -12,11 +12,12 @@ import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.collect import COMBINED, MEAN, finished, load_jobs, score
+from experiments.collect import COMBINED, MEAN, load_jobs, score
 from experiments.figures import COLOURS, MARKERS
 from sam.errors import SamError
 
@@ -28,14 +29,21 @@ Bars = dict[str, dict[str, float]]
 def own_data(folder: Path) -> Bars:
     """F1 (%) on each source domain's own data: of the unified model, the domain's own expert, and merges.
 
-    Raises SamError where a job is missing.
+    Raises SamError where a job is missing or unfinished, or where two would share a bar.
     """
     found: Bars = {}
-    for job in finished(load_jobs(folder)):
+    jobs = load_jobs(folder)
+    if left := [job for job in jobs if job.state != "done"]:
+        raise SamError(f"{left[0].folder} is {left[0].state}; run the sweep's command again until all jobs are done")
+    for job in jobs:
         selector = str(job.config["selector.name"])
-        for target in job.targets:
+        for target, result in job.targets.items():
             own = selector == "each"
-            name = {"named": "unified", "each": OWN, "all": "all merged"}.get(selector, f"top k by {selector}")
+            experts = "+".join(next(iter(result["models"].values())).get("experts", ()))
+            names = {"named": experts, "each": OWN, "all": "all merged", "oracle": "top k by gold F1 †"}
+            name = names.get(selector, f"top k by {selector}")
+            if target in found.get(name, {}):
+                raise SamError(f"{folder} has two jobs of {name}; move one of them away")
             value = score(job, target, target if own else COMBINED, "f1")
             if value is None:
                 raise SamError(
@@ -56,7 +64,8 @@ def targets_of(path: Path, metric: str = "f1") -> Bars:
     found: Bars = {}
     with path.open(encoding="utf-8") as file:
         for record in csv.DictReader(file):
-            found.setdefault(record["system"], {})[record["target"]] = 100 * float(record[metric])
+            name = record["system"] + (" †" if record["uses_gold"] == "True" else "")
+            found.setdefault(name, {})[record["target"]] = 100 * float(record[metric])
     return found
 
 
@@ -86,7 +95,7 @@ def plot_precision_recall(
     """Recall against precision (%), a point a system and target, the mean large."""
     figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
     for number, name in enumerate(systems):
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         small = [t for t in precision[name] if t != MEAN]
         axes.scatter([recall[name][t] for t in small], [precision[name][t] for t in small], s=18, alpha=0.5, **style)
         axes.scatter(recall[name][MEAN], precision[name][MEAN], s=90, edgecolor="white", label=name, zorder=3, **style)
@@ -101,14 +110,20 @@ def plot_precision_recall(
 def draw(table: Path, own: Path) -> dict[str, Figure]:
     """The four figures by the question that each answers."""
     sources, targets = own_data(own), targets_of(table)
-    merges = [name for name in ("top k by domain", "all merged") if name in sources]
-    picks = [n for n in targets if n.startswith("random") or n in ("experts, best", "top k by gold F1", "all merged")]
+    merges = [name for name in ("top k by domain", "top k by gold F1 †", "all merged") if name in sources]
+    picks = [
+        n for n in targets if n.startswith("random") or n in ("experts, best †", "top k by gold F1 †", "all merged")
+    ]
     chosen = [n for n in ("SaM, domain only", "SaM, sampling only") if n in targets]
+    if "unified" not in targets or len(chosen) < 2:
+        raise SamError(f"{table} lacks unified or SaM's two models; it is made by `python -m experiments.main_table`")
     systems = [n for n in ("unified", *chosen, "SaM", "SaMeco") if n in targets]
     return {
         "experts": plot_bars(sources, ["unified", OWN], "Are the experts too weak? On their own data"),
-        "merge": plot_bars(sources, [OWN, *merges], "Does merging lose them? On their own data"),
-        "selection": plot_bars(targets, [*chosen, *picks], "Is the selection wrong? On the targets"),
+        "merge": plot_bars(sources, [OWN, *merges], "Does merging lose them? On their own data († saw gold labels)"),
+        "selection": plot_bars(
+            targets, [*chosen, *picks], "Is the selection wrong? On the targets († saw gold labels)"
+        ),
         "union": plot_precision_recall(targets_of(table, "precision"), targets_of(table, "recall"), systems),
     }
 

@@ -11,211 +11,20 @@ import csv
 import io
 import json
 import lzma
-import statistics
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments import bootstrap
-from experiments.bootstrap import Counts, Interval
-from experiments.collect import MEAN, Job, finished, load_jobs, target_names
+from experiments.bootstrap import Interval
+from experiments.collect import MEAN, Job, finished, load_jobs
+from experiments.comparison import BASELINE, METHOD, RATIOS, Comparison, Row, compare, predictions
 from experiments.render import escape
 from sam.errors import SamError
-from sam.prompts import fold
-from sam.results import PREDICTIONS, write_json, write_text
-
-BASELINE, METHOD = "unified", "SaM"
-MEAN_EXPERT, BEST_EXPERT = "experts, mean", "experts, best"
-RATIOS = ("precision", "recall", "span_f1")
-LABELS = {
-    "unified_small": "unified, one expert's budget",
-    "each": "experts, union of all",
-    "all": "all merged",
-    "random": "random",
-    "domain": "SaM, domain only",
-    "sampling": "SaM, sampling only",
-    "sam": METHOD,
-    "sameco": "SaMeco",
-    "oracle": "top k by gold F1",
-}
-ORDER = ("unified", "unified_small", "expert", "mean", "best", "each", "random", "all", "domain", "sampling", "sam")
-
-
-@dataclass
-class Outcome:
-    """One system on one target: ``counts`` of each seed's run, and its figures, means over seeds."""
-
-    counts: list[Counts] = field(default_factory=list)
-    figures: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, counts: Counts, figures: Mapping[str, float]) -> None:
-        """One seed's run."""
-        self.counts.append(counts)
-        for name, value in figures.items():
-            self.figures.setdefault(name, []).append(value)
-
-    def mean(self, figure: str) -> float:
-        """Mean over seeds; NaN where it was not measured."""
-        values = self.figures.get(figure, [])
-        return statistics.fmean(values) if values else float("nan")
-
-
-@dataclass
-class Row:
-    """One system: its outcomes by target. ``gold`` marks those that looked at gold labels."""
-
-    label: str
-    kind: str
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    gold: bool = False
-
-    def at(self, target: str) -> Outcome:
-        """Its outcome on ``target``, empty at first."""
-        return self.outcomes.setdefault(target, Outcome())
-
-
-@dataclass
-class Comparison:
-    """All rows, with the targets and the resamples that they share."""
-
-    rows: dict[str, Row]
-    targets: list[str]
-    sentences: dict[str, list[str]]
-    commits: set[str]
-    configs: list[dict[str, Any]]
-
-    def f1(self, row: Row, target: str) -> Interval:
-        """F1 (0 to 1) of a row on a target, or its mean over targets, with its interval."""
-        return bootstrap.interval(self._value(row, target), self._replicates(row, target))
-
-    def against(self, row: Row, other: Row, target: str) -> tuple[Interval, Interval]:
-        """F1 of ``row`` minus that of ``other``, and as a share of ``other``'s, each with its paired interval."""
-        ours, theirs = self._value(row, target), self._value(other, target)
-        a, b = self._replicates(row, target), self._replicates(other, target)
-        share = np.divide(a - b, b, out=np.full_like(a, np.nan), where=b > 0)
-        relative = bootstrap.interval((ours - theirs) / theirs if theirs else float("nan"), share)
-        return bootstrap.interval(ours - theirs, a - b), relative
-
-    def figure(self, row: Row, target: str, name: str) -> float:
-        """Any other figure of a row, for ``mean`` the unweighted mean over targets."""
-        names = self.targets if target == MEAN else [target]
-        return statistics.fmean(row.at(t).mean(name) for t in names)
-
-    def _value(self, row: Row, target: str) -> float:
-        names = self.targets if target == MEAN else [target]
-        return statistics.fmean(bootstrap.f1(c) for t in names for c in row.at(t).counts)
-
-    def _replicates(self, row: Row, target: str) -> Any:
-        if target == MEAN:
-            return bootstrap.mean([self._replicates(row, t) for t in self.targets])
-        weights = bootstrap.resamples(len(self.sentences[target]), target)
-        return bootstrap.mean([bootstrap.f1_of(c, weights) for c in row.at(target).counts])
-
-
-def compare(folder: Path) -> Comparison:
-    """Read a sweep of ``experiment=main_table``. Raises SamError for unfinished jobs or jobs of other sentences."""
-    jobs = load_jobs(folder)
-    done = finished(jobs)
-    if len(done) < len(jobs):
-        left = next(job for job in jobs if job.state != "done")
-        raise SamError(f"{left.folder} is {left.state}; run the sweep's command again until all jobs are done")
-    comparison = Comparison({}, target_names(done), {}, {job.git_commit for job in done}, [j.config for j in done])
-    for job in done:
-        _read(job, comparison, _seconds(done))
-    for needed in (BASELINE, METHOD):
-        if needed not in comparison.rows:
-            raise SamError(f"{folder} has no job of {needed}; it is made by `python run.py experiment=main_table`")
-    _add_expert_rows(comparison)
-    comparison.rows = dict(sorted(comparison.rows.items(), key=lambda item: _rank(item[1])))
-    return comparison
-
-
-def _rank(row: Row) -> tuple[int, int]:
-    return (ORDER.index(row.kind) if row.kind in ORDER else len(ORDER), int(row.gold))
-
-
-def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
-    """Of each model on each target, the seconds of its answers: from the job that decoded most, scaled to all."""
-    best: dict[tuple[str, str], tuple[float, float]] = {}
-    for job in jobs:
-        for target, result in job.targets.items():
-            for model in result["models"].values():
-                key = (target, model["model_key"])
-                found = (model["decoded"], model["seconds"])
-                best[key] = max(best.get(key, (0.0, 0.0)), found)
-    return {key: seconds / share for key, (share, seconds) in best.items() if share > 0}
-
-
-def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], float]) -> None:
-    """Add a job's systems to the rows: its combination, and for the selector ``each`` every expert too."""
-    selector, rows = str(job.config["selector.name"]), list(_predictions(job))
-    for target, result in job.targets.items():
-        lines = [line for line in rows if line["target"] == target]
-        ids = [line["id"] for line in lines]
-        if comparison.sentences.setdefault(target, ids) != ids:
-            raise SamError(f"{job.folder} scored other sentences of {target}; all rows need the same")
-        costs = {name: seconds.get((target, m["model_key"]), float("nan")) for name, m in result["models"].items()}
-        if selector == "each":
-            for name, model in result["models"].items():
-                figures = _figures(model["scores"], costs[name])
-                _row(comparison, f"expert {name}", "expert").at(target).add(_counts(lines, name), figures)
-        if selector == "named":
-            label = "+".join(next(iter(result["models"].values()))["experts"])
-            row = _row(comparison, LABELS.get(label, label), label)
-        else:
-            many = f" {job.config['k']}" if selector == "random" else ""
-            row = _row(comparison, LABELS.get(selector, selector) + many, selector)
-        row.gold = result["labels_used_for_selection"]
-        row.at(target).add(_counts(lines, None), _figures(result["combined"]["scores"], sum(costs.values())))
-
-
-def _row(comparison: Comparison, label: str, kind: str) -> Row:
-    return comparison.rows.setdefault(label, Row(label, kind))
-
-
-def _figures(scores: Mapping[str, float], seconds: float) -> dict[str, float]:
-    return {
-        **{name: scores[name] for name in RATIOS},
-        "unparsable": scores["unparsable"] / scores["n"],
-        "hallucinated": scores["not_in_sentence"] / scores["predicted"] if scores["predicted"] else 0.0,
-        "seconds": seconds,
-    }
-
-
-def _predictions(job: Job) -> Iterator[dict[str, Any]]:
-    with (job.folder / PREDICTIONS).open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
-
-
-def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:
-    """Counts of one model, or of the combination (``model`` None), as :mod:`sam.scoring` counts pairs."""
-    found = []
-    for line in lines:
-        gold = {(name, fold(line["text"][start:end])) for name, start, end in line["gold"]}
-        holder = line["combined"] if model is None else line["models"][model]
-        predicted = {tuple(pair) for pair in holder["pairs"]}
-        found.append((len(gold & predicted), len(predicted), len(gold)))
-    return np.array(found, dtype=np.float64).T
-
-
-def _add_expert_rows(comparison: Comparison) -> None:
-    """The experts' mean, and on each target the one with the best gold F1."""
-    experts = [row for row in comparison.rows.values() if row.kind == "expert"]
-    if not experts:
-        return
-    mean, best = Row(MEAN_EXPERT, "mean"), Row(BEST_EXPERT, "best", gold=True)
-    for target in comparison.targets:
-        for row in experts:
-            mean.at(target).counts += row.at(target).counts
-            for name, values in row.at(target).figures.items():
-                mean.at(target).figures.setdefault(name, []).extend(values)
-        best.outcomes[target] = max(experts, key=lambda r: bootstrap.f1(r.at(target).counts[0])).at(target)
-    comparison.rows |= {mean.label: mean, best.label: best}
+from sam.prompts import align
+from sam.results import write_json, write_text
 
 
 def published() -> list[dict[str, str]]:
@@ -243,9 +52,10 @@ def markdown(comparison: Comparison) -> str:
         for line, part in zip(fourth, comparison.against(ours, unified, target), strict=True):
             line.append(_percent(part))
     parts = [
-        f"F1 (%) over (type, text) pairs, zero-shot, base {_base(comparison)}; sentences: {sizes}. In brackets 95 % "
-        f"bootstrap intervals over sentences ({bootstrap.ROUNDS} resamples); † looked at gold labels: a bound, no "
-        f"method. Commit {', '.join(sorted(comparison.commits))}.",
+        f"F1 (%) over (type, text) pairs, zero-shot, base {comparison.config.get('base.name')}; sentences: {sizes}. "
+        f"In brackets 95 % bootstrap intervals over sentences ({bootstrap.ROUNDS} resamples): they hold neither the "
+        "spread of seeds nor that of trainings. † looked at gold labels: a bound, no method. "
+        f"Commit {', '.join(sorted(comparison.commits))}.",
         _table(["system", *targets], first),
         "Means over the targets; seconds of merging and decoding a target, all models of the system, where it was "
         "decoded (beside the answers of its siblings, which make it cheaper).",
@@ -266,10 +76,6 @@ def _published_table(targets: Sequence[str]) -> str:
     return _table(columns, [[line.get(column) or "–" for column in columns] for line in published()])
 
 
-def _base(comparison: Comparison) -> str:
-    return str(comparison.configs[0].get("base.name"))
-
-
 def _pooled(comparison: Comparison, row: Row) -> list[str]:
     figures = {name: comparison.figure(row, MEAN, name) for name in (*RATIOS, "unparsable", "hallucinated", "seconds")}
     f1 = comparison.f1(row, MEAN).value
@@ -283,7 +89,7 @@ def _pooled(comparison: Comparison, row: Row) -> list[str]:
     ]
     return [
         *(f"{100 * value:.1f}" for value in shown),
-        f"{figures['seconds']:.0f}" if figures["seconds"] == figures["seconds"] else "–",
+        "–" if math.isnan(figures["seconds"]) else f"{figures['seconds']:.0f}",
     ]
 
 
@@ -292,8 +98,10 @@ def _name(row: Row) -> str:
 
 
 def _percent(found: Interval, spread: bool = True) -> str:
+    if math.isnan(found.value):
+        return "–"
     text = f"{100 * found.value:.1f}"
-    return f"{text} [{100 * found.low:.1f}, {100 * found.high:.1f}]" if spread else text
+    return f"{text} [{100 * found.low:.1f}, {100 * found.high:.1f}]" if spread and not math.isnan(found.low) else text
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -354,7 +162,7 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
 def textless(job: Job) -> Iterator[dict[str, Any]]:
     """A job's predictions without the corpus's text: a pair is ``[type, start, end]`` of its first occurrence, or
     ``[type, text]`` where the sentence does not hold it."""
-    for line in _predictions(job):
+    for line in predictions(job):
         text = line["text"]
         models = {name: {"pairs": [_place(text, *p) for p in m["pairs"]]} for name, m in line["models"].items()}
         combined = [_place(text, *pair) for pair in line["combined"]["pairs"]]
@@ -362,8 +170,8 @@ def textless(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _place(text: str, name: str, surface: str) -> list[Any]:
-    start = text.find(surface)
-    return [name, surface] if start < 0 else [name, start, start + len(surface)]
+    found = align(text, [(name, surface)])
+    return [name, found[0].start, found[0].end] if found else [name, surface]
 
 
 def write(folder: Path, out: Path) -> Comparison:
@@ -388,7 +196,9 @@ def write(folder: Path, out: Path) -> Comparison:
 
 
 def _plain(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) and value == value else None if value != value else value
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else round(value, 6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,20 +16,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sam.errors import SamError
 from sam.paths import cache_dir
 from sam.results import write_text
-
-if TYPE_CHECKING:
-    from sam.merging import AdapterDeltas
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("wheel", "hub", "local")
 DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = "sam.json"
+CARD_FILE = "expert.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,8 @@ class Base:
     fingerprint: str
     device: str = "cpu"
     dtype: str = "float32"
+    fold: str | None = None
+    """The content hash of the adapter folded into the weights."""
     stop_ids: tuple[int, ...] = field(default=())
 
 
@@ -223,17 +223,29 @@ def fingerprint(path: Path) -> str:
 
 
 def identity(spec: BaseSpec) -> str:
-    """The fingerprint of the base model that ``spec`` loads: of its weights, and of what is folded into them."""
+    """The fingerprint of the base model that ``spec`` loads: of its weights, and of what is folded into them.
+
+    Raises SamError for a fold that is no adapter, or whose card says that it belongs to another base or prompt.
+    """
     found = fingerprint(folder(spec))
     if spec.fold is None:
         return found
-    return hashlib.sha256(f"{found} {_folded(spec).content_hash}".encode()).hexdigest()
+    folded = fold_hash(spec)
+    card = Path(str(spec.fold)).expanduser() / CARD_FILE
+    trained_on = json.loads(card.read_text(encoding="utf-8")).get("base_fingerprint") if card.is_file() else found
+    if trained_on != found:
+        raise SamError(
+            f"base.fold={spec.fold} was trained on another base ({str(trained_on)[:12]}, this is {found[:12]}); "
+            "fold what was trained on the bare base (domain=start), or nothing: base.fold=null"
+        )
+    return hashlib.sha256(f"{found} {folded}".encode()).hexdigest()
 
 
-def _folded(spec: BaseSpec) -> AdapterDeltas:
+def fold_hash(spec: BaseSpec) -> str | None:
+    """The content hash of the adapter that is folded in, None where none is."""
     from sam.merging import AdapterDeltas
 
-    return AdapterDeltas.open(Path(str(spec.fold)).expanduser())
+    return None if spec.fold is None else AdapterDeltas.open(Path(spec.fold).expanduser()).content_hash
 
 
 def _hash_weights(path: Path) -> str:
@@ -296,18 +308,18 @@ def load(spec: BaseSpec, device: str = "auto") -> Base:
         ) from None
     model.requires_grad_(False)
     if spec.fold is not None:
-        _fold(model, spec)
+        _fold(model, spec.fold)
     model.eval().to(device)
-    return Base(spec.name, model, tokenizer, found, device, spec.dtype, _stop_ids(model, tokenizer))
+    return Base(
+        spec.name, model, tokenizer, found, device, spec.dtype, fold_hash(spec), stop_ids=_stop_ids(model, tokenizer)
+    )
 
 
-def _fold(model: Any, spec: BaseSpec) -> None:
-    """Add the adapter that ``spec`` folds in to the weights of ``model``."""
-    from sam.merging import MergedWeights, MergeSpec, merge_modules
+def _fold(model: Any, adapter: str) -> None:
+    """Add the adapter to the weights of ``model``."""
+    from sam.merging import AdapterDeltas, MergeSpec, fold, merge_modules
 
-    weights = MergedWeights(model)
-    weights.apply(merge_modules([_folded(spec)], ["fold"], MergeSpec("linear")))
-    weights.settle()
+    fold(model, merge_modules([AdapterDeltas.open(Path(adapter).expanduser())], ["fold"], MergeSpec("linear")))
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

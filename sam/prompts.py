@@ -1,7 +1,7 @@
 """Prompt and answer: what a model is asked, and what is read out of what it writes.
 
 A prompt is a ``prefix`` that names the entity types and a ``suffix`` that holds one sentence. A decoder tokenises
-the two apart and shares the prefix's key-value cache among all sentences of a target. The answer is one JSON object
+the two apart and runs the prefix once for all sentences of a target. The answer is one JSON object
 from entity type to texts. Reading is lenient and linear in the answer's length: a cut or broken answer keeps what is
 whole in it, and nothing a model writes raises.
 """

@@ -42,6 +42,8 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None, limit_seed
     """
     if limit is not None and not (isinstance(limit, int) and limit >= 1):
         raise SamError(f"limit={limit} must be at least 1 (or null for all sentences)")
+    if limit_seed is not None and (type(limit_seed) is not int or limit is None):
+        raise SamError(f"limit_seed={limit_seed} must be an integer, beside a limit (or null for the first sentences)")
     if not config.get("sets"):
         raise SamError("target names no set; choose one or more: target=mini_movie, target=[crossner_ai,mit_movie]")
     if "files" not in {part["kind"] for part in config["sets"].values()} and (config["path"] or config["unlabelled"]):

@@ -18,7 +18,7 @@ import sam.base
 from sam.base import MANIFEST, Base, BaseSpec, fingerprint, folder, identity, load, sha256_of, staged, wheel_file
 from sam.errors import SamError
 from sam.merging import AdapterDeltas, merged
-from tests.tiny import config, one_line, write_adapter
+from tests.tiny import config, make_card, one_line, write_adapter
 
 SMOLLM2 = "faf714ce5e44852b956c3b9adba96ebb99ce3341ac494296ed6d8b0939fab337"
 
@@ -239,14 +239,25 @@ def test_folded_adapter_is_part_of_the_base(tiny: Base, tiny_base: Path, tmp_pat
     assert identity(plain) == fingerprint(tiny_base) and base.fingerprint == identity(folded)
     assert len({identity(plain), identity(folded), identity(other)}) == 3
     # It holds nothing to be undone: the next merge comes on top.
-    with merged(base.model, [("model.layers.0.mlp.up_proj", torch.zeros(()).expand(_shape(base)))]):
-        pass
+    layer = base.model.model.layers[0].mlp.up_proj
+    before = layer.weight.clone()
+    with merged(base.model, [("model.layers.0.mlp.up_proj", torch.ones(before.shape))]):
+        assert torch.equal(layer.weight, before + 1)
+    assert torch.equal(layer.weight, before)
+    assert (load(plain, "cpu").fold, base.fold) == (None, deltas.content_hash)
     with pytest.raises(SamError, match=r"adapter_config\.json"):
         identity(local(tiny_base, fold=str(tmp_path / "none")))
 
 
-def _shape(base: Base) -> tuple[int, ...]:
-    return tuple(base.model.model.layers[0].mlp.up_proj.weight.shape)
+def test_what_belongs_to_another_base_is_not_folded(tiny: Base, tiny_base: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path, tiny.model, seed=1)
+    spec = local(tiny_base, fold=str(tmp_path))
+    make_card("start", tiny.fingerprint, role="start").write(tmp_path)
+    assert identity(spec) == identity(spec)
+    make_card("news", "f" * 64).write(tmp_path)  # such as an expert of a base with a fold
+    with pytest.raises(SamError) as error:
+        identity(spec)
+    assert "was trained on another base (ffffffffffff" in one_line(error) and "base.fold=null" in one_line(error)
 
 
 def test_fingerprint_is_of_the_weights_alone(tiny_base: Path, tmp_path: Path) -> None:

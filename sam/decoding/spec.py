@@ -11,6 +11,9 @@ from sam.grammar import GRAMMAR_VERSION
 
 MODES = ("exact", "fast")
 
+DECODER_VERSION = 2
+"""Part of every answer's key: to be raised when a change of the decoder changes how answers are rounded."""
+
 
 @dataclass(frozen=True)
 class DecodeSpec:
@@ -56,6 +59,7 @@ class DecodeSpec:
             **batch,
             **language,
             "method": "greedy",
+            "decoder": DECODER_VERSION,
             "max_new_tokens": self.max_new_tokens,
             "dtype": "bfloat16 products" if half else dtype,
             "device": kind,

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sam.base import CARD_FILE
 from sam.errors import SamError
 
-CARD_FILE = "expert.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 ROLES = ("expert", "unified", "start")
@@ -24,6 +24,7 @@ ROLES = ("expert", "unified", "start")
 class Card:
     """What is known of an expert without loading it.
 
+    ``base_fold`` is the content hash of the adapter that was folded into the base (its fingerprint covers it).
     ``centroid`` is the normalised mean embedding of its training sentences by ``encoder``; ``scores`` are on
     held-out sentences of its own datasets. Cards of role ``unified`` (the baseline) and ``start`` (folded into the base
     before all others are trained) are never selected by rank.
@@ -41,6 +42,7 @@ class Card:
     centroid: tuple[float, ...]
     recipe: dict[str, Any]
     sentences: int
+    base_fold: str | None = None
     scores: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     licences: dict[str, str] = field(default_factory=dict)
@@ -76,20 +78,22 @@ class Pool:
 
     @cached_property
     def cards(self) -> dict[str, Card]:
-        """All cards, also the unified model's, by folder name, sorted."""
+        """All cards, of every role, by folder name, sorted."""
         found = (f for f in self.path.iterdir() if not f.name.startswith("."))
         folders = sorted(f for f in found if (f / CARD_FILE).is_file() or (f / CONFIG_FILE).is_file())
         cards = {f.name: Card.read(f) for f in folders}
         for name, card in cards.items():
             if card.name != name:
                 raise SamError(f"{self.path / name}: the card says {card.name!r}; an expert's folder bears its name")
+            if name == "combined":
+                raise SamError(f"{self.path / name}: results call the united predictions so; rename the expert")
         if not cards:
             raise SamError(f"experts.path={self.path} holds no expert; train some with `run.py task=train`")
         return cards
 
     @property
     def names(self) -> list[str]:
-        """The names that a selector ranks: every expert, without the unified model."""
+        """The names that a selector ranks: every card of role ``expert``."""
         return [name for name, card in self.cards.items() if card.role == "expert"]
 
     def folder(self, name: str) -> Path:
@@ -105,10 +109,11 @@ class Pool:
         for name in self.names if names is None else names:
             path, card = self.folder(name), self.cards[name]
             if card.base_fingerprint != fingerprint:
+                folded = f" with an adapter folded in ({card.base_fold[:12]})" if card.base_fold else ""
                 raise SamError(
-                    f"expert {name!r} was trained on base {card.base} ({card.base_fingerprint[:12]}), not on this one "
-                    f"({fingerprint[:12]}); choose base={card.base} with the base.fold it was trained with, or a pool "
-                    "trained on this base"
+                    f"expert {name!r} was trained on base {card.base}{folded} ({card.base_fingerprint[:12]}), not on "
+                    f"this one ({fingerprint[:12]}); choose base={card.base} with the base.fold it was trained with, "
+                    "or a pool trained on this base"
                 )
             if card.prompt_version != prompt_version:
                 raise SamError(

@@ -39,9 +39,9 @@ class Recipe:
     """How an expert is trained; ``sentences`` is the budget a domain, ``epochs`` the passes over them.
 
     ``label_drop`` is the chance that a type is left out of a prompt (its mentions too), ``negatives`` the most
-    :func:`foreign_types` that a prompt asks for beside its own, ``max_types`` the most types in a prompt, ``max_empty`` the
-    largest share of sentences without a mention, ``detokenise`` the chance that a sentence is shown with ordinary
-    spacing (``C++ (a language).``) instead of its corpus's tokens, ``max_length`` tokens.
+    :func:`foreign_types` that a prompt asks for beside its own, ``max_types`` the most types in a prompt,
+    ``max_empty`` the largest share of sentences without a mention, ``detokenise`` the chance that a sentence is shown
+    with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``max_length`` tokens.
     """
 
     sentences: int = 2000

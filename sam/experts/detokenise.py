@@ -21,7 +21,7 @@ _QUOTE = re.compile(r'(?<!\S)"(?!\S)')
 def detokenised(sentence: Sentence) -> Sentence:
     """``sentence`` without the spaces that tokenising put before closing and after opening punctuation.
 
-    Lone straight quotes open and close in turn, where their number is even. Offsets of the gold mentions follow the text.
+    Lone straight quotes open and close in turn, where their number is even. Offsets of the mentions follow the text.
     """
     text = sentence.text
     gone = {match.start() for match in _SPACE.finditer(text)}

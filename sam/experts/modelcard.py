@@ -40,13 +40,19 @@ Trained on {card.sentences} sentences, {recipe["epochs"]} epoch(s), batch {recip
 Entity types: {", ".join(card.types)}.
 
 Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the answer
-is a JSON object from type to texts. Put the folder into a pool of SaM, or load it with PEFT alone; where its pool has
-an adapter `start`, that one is merged into the base model first (`load_adapter`, `merge_and_unload`).
+is a JSON object from type to texts. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
 
 Limits: a small model on a small budget; English; it extracts flat mentions of the types named in the prompt, misses
 many, and invents some. The data's licences (some non-commercial) may bear on what it is used for.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _fold(card: Card) -> str:
+    if card.base_fold is None:
+        return ""
+    return f"""; before it, the adapter
+`start` of its pool (content hash {card.base_fold[:12]}) is merged into the base model (`merge_and_unload`)"""
 
 
 def _scores(card: Card, dataset: str) -> str:

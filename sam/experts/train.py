@@ -114,6 +114,7 @@ def train_expert(
             types=tuple(types),
             base=base.name,
             base_fingerprint=base.fingerprint,
+            base_fold=base.fold,
             prompt_version=prompts.PROMPT_VERSION,
             encoder=encoder.spec.name,
             centroid=centroid,

@@ -1,6 +1,6 @@
 """Merging experts: pure functions on deltas, deltas from adapter folders, and applying a merge to a model."""
 
-from sam.merging.apply import MergedWeights, merged
+from sam.merging.apply import MergedWeights, fold, merged
 from sam.merging.deltas import AdapterDeltas, Factors
 from sam.merging.factors import factor_linear, factor_ties
 from sam.merging.functions import dare, dare_ties, linear, task_arithmetic, ties
@@ -18,6 +18,7 @@ __all__ = [
     "dare_ties",
     "factor_linear",
     "factor_ties",
+    "fold",
     "linear",
     "merge_modules",
     "merged",

@@ -54,12 +54,6 @@ class MergedWeights:
         if self._holds:
             self._restore()
 
-    def settle(self) -> None:
-        """Make the merge the model's own weights: there is nothing to undo any more."""
-        self._originals.clear()
-        if self._holds:
-            self._restore()
-
     @property
     def applied(self) -> tuple[str, ...]:
         """The names of the modules that hold a merged weight."""
@@ -106,6 +100,22 @@ def merged(model: nn.Module, modules: Iterable[tuple[str, Tensor]]) -> Iterator[
         yield model
     finally:
         weights.undo()
+
+
+def fold(model: nn.Module, modules: Iterable[tuple[str, Tensor]]) -> None:
+    """Add each ΔW of the stream to ``model`` for good, in fp32 and rounded once; nothing is kept to undo it.
+
+    Raises SamError as :meth:`MergedWeights.apply`; the model is of no use then.
+    """
+    done: list[str] = []
+    shared = _shared_weights(model)
+    for name, delta in modules:
+        weight = _weight(model, name)
+        _check_fit(name, weight, delta, done, shared)
+        with torch.no_grad():
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(weight.to(exact) + delta.to(device=weight.device, dtype=exact))
+        done.append(name)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

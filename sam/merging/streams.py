@@ -176,7 +176,10 @@ def _global_cut(one: DeltaSet, density: float, scratch: Scratch, work: Tensor) -
 
 
 def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None) -> Change:
-    """Keep each entry with probability ``density`` (to 16 bits) and divide it by that, so that the mean stays."""
+    """Keep each entry with probability ``density`` and divide it by that, so that the mean stays.
+
+    The probability is one of the multiples of 2^-16 between 0 and 1, the nearest.
+    """
     check_density(density)
     check_seed(seed)
     experts = [str(index) for index in range(count)] if names is None else list(names)
@@ -190,8 +193,8 @@ def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None
     def drop(index: int, module: str, delta: Tensor) -> Iterator[Tensor]:
         generator = drop_generator(seed, experts[index], module)
         for block in _blocks(delta):
-            drawn = generator.random_raw(-(-block.numel() // 4)).view(np.int16)[: block.numel()]
-            kept = torch.from_numpy(drawn) < chances - 32768
+            drawn = generator.random_raw(-(-block.numel() // 4)).astype("<u8", copy=False)
+            kept = torch.from_numpy(drawn.view("<i2")[: block.numel()]) < chances - 32768
             yield torch.where(kept.to(block.device), block, 0.0).mul_(65536 / chances)
 
     return drop

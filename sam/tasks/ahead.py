@@ -5,7 +5,6 @@ A target's own module then finds its answers kept; the order of work changes, no
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 
 class Spent(NamedTuple):
-    """What a model's answers on a target took: the share of its merging and decoding, and of its answers those decoded
-    now; the others were kept from before, and took no time."""
+    """What a model's answers on a target took: its share of the ``seconds`` of merging and of decoding, and which
+    share of its prompts were ``decoded`` now (the others had been answered before, and took no time)."""
 
-    seconds: float
+    merge: float
+    decode: float
     decoded: float
 
 
@@ -82,10 +82,11 @@ def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress)
     for group in groups.values():
         asked = [(modules[n].target.types, s.text) for n, _ in group for s in modules[n].target.sentences]
         first = modules[group[0][0]]
-        start, decoded = time.perf_counter(), engine.counts["decoded"]
+        before = {**engine.seconds}, engine.counts["decoded"]
         engine.predict_all(first.selections[group[0][1]].experts, first.merge, asked, step)
-        spent, decoded = time.perf_counter() - start, engine.counts["decoded"] - decoded
+        merge, decode = (engine.seconds[stage] - before[0].get(stage, 0.0) for stage in ("merge", "decode"))
+        decoded = (engine.counts["decoded"] - before[1]) / len(set(asked))
         for name, model in group:
             share = len(modules[name].target.sentences) / len(asked)
-            took[name][model] = Spent(round(spent * share, 2), round(decoded / len(asked), 4))
+            took[name][model] = Spent(round(merge * share, 2), round(decode * share, 2), round(decoded, 4))
     return took

@@ -78,8 +78,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
     check(selector, config["k"], config["sample_size"], names, pool, experts)
     if merge.weights is not None:
-        chosen = len(experts) if selector == "named" else len(names) if selector == "all" else config["k"]
-        if chosen > 1 and len(merge.weights) != chosen:
+        chosen = {"named": len(experts), "all": len(names), "each": 1}.get(selector, config["k"])
+        if len(merge.weights) != chosen:
             raise SamError(f"merge.weights has {len(merge.weights)} values for {chosen} experts; give one an expert")
     targets = load_targets(config["target"], config["limit"], config["limit_seed"])
     if SELECTORS[selector].uses_gold and not all(t.scored for t in targets):
@@ -255,7 +255,7 @@ def report(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
             "experts": list(selection.experts),
             "model_key": module.engine.key(selection.experts, module.merge),
             "scores": scores.get(name),
-            "seconds": took[name].seconds,
+            "seconds": {"merge": took[name].merge, "decode": took[name].decode},
             "decoded": took[name].decoded,
         }
         for name, selection in module.selections.items()
@@ -267,7 +267,7 @@ def report(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
         "selections": {name: s.to_dict() for name, s in module.selections.items()},
         "models": models,
         "combined": {"rule": module.rule, "scores": scores.get("combined")},
-        "seconds": round(sum(spent.seconds for spent in took.values()), 2),
+        "seconds": round(sum(spent.merge + spent.decode for spent in took.values()), 2),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def _close_figures() -> Iterator[None]:
 
 def write_own(root: Path, selector: str, models: dict[str, float], combined: float, domains: Any = DOMAINS) -> None:
     target = {
-        "models": {name: {"scores": {"f1": f1}} for name, f1 in models.items()},
+        "models": {name: {"experts": [name], "scores": {"f1": f1}} for name, f1 in models.items()},
         "combined": {"scores": {"f1": combined}},
     }
     result = {"schema": 1, "config": {"selector": {"name": selector}}, "targets": {d: target for d in domains}}
@@ -41,7 +42,7 @@ def write_own(root: Path, selector: str, models: dict[str, float], combined: flo
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     root = tmp_path / "own"
-    write_own(root, "named", {"named": 0.5}, 0.5)
+    write_own(root, "named", {"unified": 0.5}, 0.5)
     write_own(root, "each", {"news": 0.6, "stem": 0.4}, 0.1)
     write_own(root, "all", {"all": 0.3}, 0.3)
     write_own(root, "domain", {"domain": 0.45}, 0.45)
@@ -53,10 +54,10 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "main_table.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["system", "target", "precision", "recall", "f1"])
+        writer.writerow(["system", "target", "uses_gold", "precision", "recall", "f1"])
         for n, system in enumerate(["unified", "SaM, domain only", "SaM, sampling only", "random 3", "SaM", "SaMeco"]):
             for target in ("crossner_ai", "mean"):
-                writer.writerow([system, target, 0.1 * n, 0.05 * n, 0.07 * n])
+                writer.writerow([system, target, system == "random 3", 0.1 * n, 0.05 * n, 0.07 * n])
     return path
 
 
@@ -89,7 +90,7 @@ def test_files_are_the_same_again(own: Path, table: Path, tmp_path: Path) -> Non
 def test_missing_jobs_and_other_targets_are_named(
     tmp_path: Path, own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_own(tmp_path / "few", "named", {"named": 0.5}, 0.5)
+    write_own(tmp_path / "few", "named", {"unified": 0.5}, 0.5)
     with pytest.raises(SamError) as error:
         own_data(tmp_path / "few")
     assert "lacks all merged, the domain's own expert" in one_line(error)
@@ -99,3 +100,7 @@ def test_missing_jobs_and_other_targets_are_named(
     assert "no expert named 'movie'" in one_line(error)
     assert main([str(tmp_path / "none.csv"), str(own), "--out", str(tmp_path)]) == 2
     assert "none.csv" in capsys.readouterr().err
+    shutil.copytree(own / "all", own / "again")
+    with pytest.raises(SamError) as error:
+        own_data(own)
+    assert "two jobs of all merged" in one_line(error)

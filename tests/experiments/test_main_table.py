@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import lzma
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 
 from experiments import bootstrap
-from experiments.collect import MEAN
-from experiments.main_table import compare, latex, main, markdown, published
+from experiments.collect import MEAN, load_jobs
+from experiments.comparison import compare
+from experiments.main_table import latex, main, markdown, published, textless
 from sam.errors import SamError
 from tests.tiny import one_line
 
@@ -36,7 +39,13 @@ def write_run(
         targets[target] = {
             "labels_used_for_selection": name == "oracle",
             "models": {
-                m: {"experts": experts or [m], "model_key": m, "scores": scores(n), "seconds": 2.0, "decoded": 0.5}
+                m: {
+                    "experts": experts or [m],
+                    "model_key": m,
+                    "scores": scores(n),
+                    "seconds": {"merge": 1.0, "decode": 2.0},
+                    "decoded": 0.5,
+                }
                 for m, n in models.items()
             },
             "combined": {"scores": scores(combined)},
@@ -65,6 +74,12 @@ def scores(n: int) -> dict[str, Any]:
     f1 = 2 * n / (n + 3)
     counts = {"n": 2, "predicted": 2 * n, "unparsable": 1, "not_in_sentence": 0}
     return {"precision": 1.0, "recall": n / 3, "f1": f1, "span_f1": f1, **counts}
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    change(result)
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 @pytest.fixture
@@ -97,11 +112,12 @@ def test_rows_and_their_figures(sweep: Path) -> None:
     assert f1("experts, best", MEAN) == pytest.approx((1.0 + 0.8) / 2)
     assert f1("random 3", "a") == pytest.approx((0.5 + 1.0) / 2)  # two seeds
     assert f1("SaM", "a") == pytest.approx(6 / 7)  # three found, one made up
+    assert found.rows["random 3"].seeds == [0, 1]
     absolute, relative = found.against(found.rows["SaM"], found.rows["unified"], "a")
     assert absolute.value == pytest.approx(6 / 7 - 0.5) and relative.value == pytest.approx((6 / 7 - 0.5) / 0.5)
     assert [row.label for row in found.rows.values() if row.gold] == ["experts, best", "top k by gold F1"]
     assert found.figure(found.rows["unified"], MEAN, "unparsable") == 0.5
-    assert found.figure(found.rows["SaM"], "a", "seconds") == 8.0  # two models, 2 s for half of the answers each
+    assert found.figure(found.rows["SaM"], "a", "seconds") == 10.0  # two models: 1 s, and 2 s for half of the answers
 
 
 def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,10 +145,28 @@ def test_markdown_and_latex_name_all_rows_and_mark_gold(sweep: Path) -> None:
 
 
 def test_what_does_not_compare_is_refused(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(sweep, "all", {"a": {"all": 1}}, ids="other")
-    with pytest.raises(SamError) as error:
+    for change, said in {
+        "ids": "scored other sentences of a",
+        "k": "differ in k;",
+        "one": "have other targets",
+        "twice": "two jobs of all merged with one seed",
+        "expert": "legal is no row of the main comparison",
+    }.items():
+        root = Path(shutil.copytree(sweep, tmp_path / change))
+        both = {"a": {"all": 1}, "b": {"all": 1}}
+        write_run(root, "all", {"a": {"all": 1}} if change == "one" else both, ids=change if change == "ids" else "s")
+        if change == "k":
+            edit(root / "all-0", lambda result: result["config"].update(k=2))
+        if change == "twice":
+            shutil.copytree(root / "all-0", root / "again")
+        if change == "expert":
+            write_run(root, "named", both, experts=["legal"])
+        with pytest.raises(SamError) as error:
+            compare(root)
+        assert said in one_line(error)
+    (sweep / "sam-0" / "predictions.jsonl").unlink()
+    with pytest.raises(SamError, match=r"predictions\.jsonl is missing"):
         compare(sweep)
-    assert "scored other sentences of a" in one_line(error)
     write_run(tmp_path / "few", "sam", {"a": {"domain": 1}})
     assert main([str(tmp_path / "few")]) == 2
     assert "no job of unified" in capsys.readouterr().err
@@ -151,7 +185,9 @@ def test_bootstrap_is_paired_and_covers(sweep: Path) -> None:
         counts = np.stack([tp, np.full(n, 4.0), np.full(n, 4.0)])  # F1 is then the share of the four that are found
         found = bootstrap.interval(bootstrap.f1(counts), bootstrap.f1_of(counts, weights))
         covered += found.low <= truth <= found.high
-        assert np.ptp(bootstrap.f1_of(counts, weights) - bootstrap.f1_of(counts, weights)) == 0
+    better = counts + np.array([[0.2], [0.0], [0.0]])  # a little better on every sentence: certain only in pairs
+    a, b = bootstrap.f1_of(better, weights), bootstrap.f1_of(counts, weights)
+    assert bootstrap.interval(0.05, a - b).low > 0 > bootstrap.interval(0.05, a - b[::-1]).low
     assert 51 <= covered <= 60  # 95 % of 60 is 57
     assert (
         bootstrap.f1(np.zeros((3, 4))) == 0.0
@@ -165,3 +201,17 @@ def test_published_rows_have_sizes_sources_and_means() -> None:
         cells = [float(v) for k, v in row.items() if k.startswith(("mit", "crossner")) and v]
         assert len(cells) in (0, 7)
         assert not cells or sum(cells) / 7 == pytest.approx(float(row["mean"]), abs=0.15), row["model"]
+
+
+def test_a_pair_is_placed_as_spans_are(tmp_path: Path) -> None:
+    write_run(tmp_path, "sam", {"a": {"domain": 0}})
+    path = tmp_path / "sam-0" / "predictions.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    line |= {
+        "text": "a category: cat  food",
+        "combined": {"pairs": [["pet", "cat"], ["meal", "cat food"], ["x", "dog"]]},
+    }
+    path.write_text(json.dumps(line) + "\n")
+    (job,) = load_jobs(tmp_path)
+    (found,) = textless(job)
+    assert found["combined"] == [["pet", 12, 15], ["meal", 12, 21], ["x", "dog"]]

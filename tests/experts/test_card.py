@@ -125,7 +125,7 @@ def test_other_base_and_other_prompt_are_refused(pool: Pool, tiny: Base) -> None
         pool.check("0123456789abcdef", PROMPT_VERSION)
     assert one_line(error) == (
         f"expert 'biomedical' was trained on base tiny ({tiny.fingerprint[:12]}), not on this one (0123456789ab); "
-        "choose base=tiny or a pool trained on this base"
+        "choose base=tiny with the base.fold it was trained with, or a pool trained on this base"
     )
     with pytest.raises(SamError, match=f"trained with prompt version {PROMPT_VERSION}, this is 99") as error:
         pool.check(tiny.fingerprint, "99")

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sam import prompts
+from sam import corpora, prompts
 from sam.base import Base
 from sam.errors import SamError
 from sam.experts import ExpertDataModule, Recipe
 from sam.experts.data import (
+    SCIENTIFIC,
     Example,
     Renderer,
     ResumableSampler,
@@ -72,7 +73,7 @@ def test_draw_is_by_the_seed_alone() -> None:
 
 @pytest.mark.usefixtures("sized")
 def test_refused_sentences_are_not_drawn_and_too_few_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    drawn = draw_sentences(["small"], "train", Recipe(sentences=8), lambda s, types: int(s.id[-1]) % 2 == 0)
+    drawn = draw_sentences(["small"], "train", Recipe(sentences=8), lambda s, types, dataset: int(s.id[-1]) % 2 == 0)
     assert {int(s.id[-1]) % 2 for s in drawn["small"][0]} == {0} and counts(drawn) == {"small": 5}
     assert "only 5 of 8 sentences could be drawn" in caplog.text
 
@@ -264,13 +265,34 @@ def test_negatives_are_foreign_types_without_gold(tiny: Base) -> None:
     assert {len(asked(tiny.tokenizer.decode(one(SENTENCE, TYPES, e, foreign).ids))) for e in range(20)} == {10}
 
 
-def test_foreign_types_are_other_domains_and_never_the_datasets_own_nor_a_targets() -> None:
-    foreign = foreign_types("conll2003")
-    assert "gene or protein" in foreign and "court" in foreign
-    assert not set(foreign) & {"person", "location", "organization", "miscellaneous"}
-    assert "street" in foreign_types("bc5cdr")
-    assert "building" not in foreign  # topres19th's, of the same domain, whose text may hold it unmarked
-    assert not set(foreign) & {"restaurant name", "political party", "astronomical object"}
+SOURCES = [name for name in corpora.datasets() if corpora.spec(name).role == "source"]
+
+
+@pytest.mark.parametrize("dataset", SOURCES)
+def test_foreign_types_contradict_no_source_of_a_domain(dataset: str) -> None:
+    """Types of the other side of everyday and scientific text, that no dataset of its own side marks."""
+    foreign = set(foreign_types(dataset))
+    domain = corpora.spec(dataset).domain
+    for other in SOURCES:
+        if corpora.spec(other).domain == domain:
+            assert not foreign & set(corpora.spec(other).types)
+    general = {"person", "location", "date", "city"}
+    assert foreign >= (general if domain in SCIENTIFIC else {"gene or protein", "chemical", "material"})
+    assert not foreign & ({"organization"} | (set() if domain in SCIENTIFIC else general))
+    assert not foreign & {"restaurant name", "political party", "astronomical object"}  # of targets alone
+
+
+def test_examples_with_negatives_keep_to_max_length(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_toys(monkeypatch)
+    monkeypatch.setattr("sam.experts.data.foreign_types", lambda dataset: ["a rather long name of a type", "gene"])
+    longest = 0
+    for limit in (90, 60):
+        recipe = Recipe(sentences=40, negatives=2, detokenise=0.5, max_length=limit)
+        module = ExpertDataModule([["toy"]], tiny.tokenizer, 0, recipe)
+        module.setup()
+        longest = max(len(e.ids) for batch in module.plan for e in batch)
+        assert longest <= limit
+    assert longest > 30
 
 
 @pytest.mark.parametrize(
@@ -282,6 +304,7 @@ def test_foreign_types_are_other_domains_and_never_the_datasets_own_nor_a_target
         ("Ada 's 5 % of Ltd. , Inc .", "Ada's 5% of Ltd., Inc.", ["Ada", "Ltd."]),
         ("Already fine.", "Already fine.", ["fine"]),
         (". start and end (", ". start and end (", ["start"]),
+        ('hello : ) 2 . 5 and : see ; 6 " tall', 'hello :) 2.5 and: see; 6 " tall', ["hello", "tall"]),
         ("no gold , here", "no gold, here", None),
     ],
 )

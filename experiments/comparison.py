@@ -1,0 +1,253 @@
+"""The systems of the paper's main comparison, read from a sweep of ``experiment=main_table``, and their intervals."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import bootstrap
+from experiments.bootstrap import Counts, Interval
+from experiments.collect import MEAN, Job, finished, load_jobs, target_names
+from sam.errors import SamError
+from sam.prompts import fold
+from sam.results import PREDICTIONS, RIM
+
+BASELINE, METHOD = "unified", "SaM"
+MEAN_EXPERT, BEST_EXPERT = "experts, mean", "experts, best"
+RATIOS = ("precision", "recall", "span_f1")
+LABELS = {
+    "unified_small": "unified, one expert's budget",
+    "each": "experts, union of all",
+    "all": "all merged",
+    "random": "random",
+    "domain": "SaM, domain only",
+    "sampling": "SaM, sampling only",
+    "sam": METHOD,
+    "sameco": "SaMeco",
+    "oracle": "top k by gold F1",
+}
+ORDER = (
+    *("unified", "unified_small", "expert", "mean", "best", "each", "random", "all"),
+    *("domain", "sampling", "sam", "sameco", "oracle"),
+)
+ENOUGH = 0.5
+"""The least share of a model's answers that must have been decoded in a job for its seconds to say anything."""
+
+
+@dataclass
+class Outcome:
+    """One system on one target: ``counts`` of each seed's run, and its figures, means over seeds."""
+
+    counts: list[Counts] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, counts: Counts, figures: Mapping[str, float]) -> None:
+        """One seed's run."""
+        self.counts.append(counts)
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(value)
+
+    def mean(self, figure: str) -> float:
+        """Mean over seeds; NaN where it was not measured in all."""
+        return statistics.fmean(self.figures.get(figure, [float("nan")]))
+
+
+@dataclass
+class Row:
+    """One system: its outcomes by target, the seeds it was run with; ``gold`` if it looked at gold labels."""
+
+    label: str
+    kind: str
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    gold: bool = False
+    seeds: list[int] = field(default_factory=list)
+
+    def at(self, target: str) -> Outcome:
+        """Its outcome on ``target``, empty at first."""
+        return self.outcomes.setdefault(target, Outcome())
+
+
+@dataclass
+class Comparison:
+    """All rows, with the targets and the resamples that they share."""
+
+    rows: dict[str, Row]
+    targets: list[str]
+    sentences: dict[str, list[str]]
+    commits: set[str]
+    config: dict[str, Any]
+
+    def f1(self, row: Row, target: str) -> Interval:
+        """F1 (0 to 1) of a row on a target, or its mean over targets, with its interval."""
+        return bootstrap.interval(self._value(row, target), self._replicates(row, target))
+
+    def against(self, row: Row, other: Row, target: str) -> tuple[Interval, Interval]:
+        """F1 of ``row`` minus that of ``other``, and as a share of ``other``'s, each with its paired interval.
+
+        The share is NaN where a resample of ``other`` finds nothing.
+        """
+        ours, theirs = self._value(row, target), self._value(other, target)
+        a, b = self._replicates(row, target), self._replicates(other, target)
+        share = np.divide(a - b, b, out=np.full_like(a, np.nan), where=b > 0)
+        relative = bootstrap.interval((ours - theirs) / theirs if theirs else float("nan"), share)
+        return bootstrap.interval(ours - theirs, a - b), relative
+
+    def figure(self, row: Row, target: str, name: str) -> float:
+        """Any other figure of a row, for ``mean`` the unweighted mean over targets."""
+        names = self.targets if target == MEAN else [target]
+        return statistics.fmean(row.at(t).mean(name) for t in names)
+
+    def _value(self, row: Row, target: str) -> float:
+        names = self.targets if target == MEAN else [target]
+        return statistics.fmean(bootstrap.f1(c) for t in names for c in row.at(t).counts)
+
+    def _replicates(self, row: Row, target: str) -> Any:
+        if target == MEAN:
+            return bootstrap.mean([self._replicates(row, t) for t in self.targets])
+        weights = _resamples(len(self.sentences[target]), target)
+        return bootstrap.mean([bootstrap.f1_of(c, weights) for c in row.at(target).counts])
+
+
+_resamples = cache(bootstrap.resamples)
+
+
+def compare(folder: Path) -> Comparison:
+    """Read a sweep of ``experiment=main_table``.
+
+    Raises SamError for unfinished jobs, and for jobs that differ in more than selector and seed, or in their sentences.
+    """
+    jobs = load_jobs(folder)
+    done = finished(jobs)
+    if len(done) < len(jobs):
+        left = next(job for job in jobs if job.state != "done")
+        raise SamError(f"{left.folder} is {left.state}; run the sweep's command again until all jobs are done")
+    for job in done[1:]:
+        _check_alike(done[0], job)
+    comparison = Comparison({}, target_names(done), {}, {job.git_commit for job in done}, done[0].config)
+    seconds = _seconds(done)
+    for job in done:
+        _read(job, comparison, seconds)
+    for needed in (BASELINE, METHOD):
+        if needed not in comparison.rows:
+            raise SamError(f"{folder} has no job of {needed}; it is made by `python run.py experiment=main_table`")
+    for row in comparison.rows.values():
+        if len(set(row.seeds)) < len(row.seeds):
+            raise SamError(f"{folder} has two jobs of {row.label} with one seed; move one of them away")
+    _add_expert_rows(comparison)
+    comparison.rows = dict(sorted(comparison.rows.items(), key=lambda item: ORDER.index(item[1].kind)))
+    return comparison
+
+
+def _check_alike(first: Job, job: Job) -> None:
+    """Refuse jobs of other settings: they would be taken for other seeds of the same system."""
+    free = (*RIM, "selector", "seed")
+    known = {p for p in (*first.config, *job.config) if p.split(".")[0] not in free and p != "merge.seed"}
+    if other := sorted(p for p in known if first.config.get(p) != job.config.get(p)):
+        raise SamError(f"{first.folder} and {job.folder} differ in {other[0]}; compare jobs of the same settings")
+    if list(first.targets) != list(job.targets):
+        raise SamError(f"{first.folder} and {job.folder} have other targets; compare jobs of the same targets")
+
+
+def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
+    """Of each model on each target, the seconds of merging it and of decoding all its answers.
+
+    From the job that decoded most of them; absent where no job decoded enough to say.
+    """
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for job in jobs:
+        for target, result in job.targets.items():
+            for model in result["models"].values():
+                spent, share = model.get("seconds", {}), model.get("decoded", 0.0)
+                key = (target, model["model_key"])
+                if share >= ENOUGH and share > best.get(key, (0.0, 0.0))[0]:
+                    best[key] = (share, spent["merge"] + spent["decode"] / share)
+    return {key: seconds for key, (_, seconds) in best.items()}
+
+
+def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], float]) -> None:
+    """Add a job's systems to the rows: its combination, and for the selector ``each`` every expert too."""
+    selector, rows, seed = str(job.config["selector.name"]), list(predictions(job)), int(job.config["seed"])
+    touched = set()
+    for target, result in job.targets.items():
+        lines = [line for line in rows if line["target"] == target]
+        ids = [line["id"] for line in lines]
+        if comparison.sentences.setdefault(target, ids) != ids:
+            raise SamError(f"{job.folder} scored other sentences of {target}; all rows need the same")
+        keys = {name: m["model_key"] for name, m in result["models"].items()}
+        costs = {key: seconds.get((target, key), float("nan")) for key in keys.values()}
+        if selector == "each":
+            for name, model in result["models"].items():
+                row = _row(comparison, f"expert {name}", "expert")
+                row.at(target).add(_counts(lines, name), _figures(model["scores"], costs[keys[name]]))
+        row = _row(comparison, *_label(job, result))
+        row.gold = result["labels_used_for_selection"]
+        row.at(target).add(_counts(lines, None), _figures(result["combined"]["scores"], sum(costs.values())))
+        touched.add(row.label)
+    for label in touched:
+        comparison.rows[label].seeds.append(seed)
+
+
+def _label(job: Job, result: Mapping[str, Any]) -> tuple[str, str]:
+    """The row's label and kind."""
+    kind = str(job.config["selector.name"])
+    if kind == "named":
+        kind = "+".join(next(iter(result["models"].values()))["experts"])
+    if kind not in ORDER:
+        raise SamError(f"{job.folder}: {kind} is no row of the main comparison; move the job away")
+    return LABELS.get(kind, kind) + (f" {job.config['k']}" if kind == "random" else ""), kind
+
+
+def _row(comparison: Comparison, label: str, kind: str) -> Row:
+    return comparison.rows.setdefault(label, Row(label, kind))
+
+
+def _figures(scores: Mapping[str, float], seconds: float) -> dict[str, float]:
+    return {
+        **{name: scores[name] for name in RATIOS},
+        "unparsable": scores["unparsable"] / scores["n"],
+        "hallucinated": scores["not_in_sentence"] / scores["predicted"] if scores["predicted"] else 0.0,
+        "seconds": seconds,
+    }
+
+
+def predictions(job: Job) -> Iterator[dict[str, Any]]:
+    """The lines of a job's ``predictions.jsonl``. Raises SamError where it is missing."""
+    path = job.folder / PREDICTIONS
+    if not path.is_file():
+        raise SamError(f"{path} is missing; delete {job.folder} and run the sweep again")
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:
+    """Counts of one model, or of the combination (``model`` None), as :mod:`sam.scoring` counts pairs."""
+    found = []
+    for line in lines:
+        gold = {(name, fold(line["text"][start:end])) for name, start, end in line["gold"]}
+        holder = line["combined"] if model is None else line["models"][model]
+        predicted = {tuple(pair) for pair in holder["pairs"]}
+        found.append((len(gold & predicted), len(predicted), len(gold)))
+    return np.array(found, dtype=np.float64).T
+
+
+def _add_expert_rows(comparison: Comparison) -> None:
+    """The experts' mean, and on each target the one with the best gold F1."""
+    experts = [row for row in comparison.rows.values() if row.kind == "expert"]
+    if not experts:
+        return
+    mean, best = Row(MEAN_EXPERT, "mean"), Row(BEST_EXPERT, "best", gold=True)
+    for target in comparison.targets:
+        for row in experts:
+            mean.at(target).counts += row.at(target).counts
+            for name, values in row.at(target).figures.items():
+                mean.at(target).figures.setdefault(name, []).extend(values)
+        best.outcomes[target] = max(experts, key=lambda r: bootstrap.f1(r.at(target).counts[0])).at(target)
+    comparison.rows |= {mean.label: mean, best.label: best}
