@@ -46,8 +46,8 @@ def real_cache(own_cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm_spec(real_cache: Path) -> BaseSpec:
-    """SmolLM2-135M from its wheel."""
-    return BaseSpec.from_config(config("base", "smollm2_135m"))
+    """SmolLM2-135M from its wheel, bare."""
+    return BaseSpec.from_config({**config("base", "smollm2_135m"), "fold": None})
 
 
 @pytest.fixture(scope="session")

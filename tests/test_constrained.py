@@ -271,9 +271,9 @@ def test_config_and_key() -> None:
 def test_smollm2_answers_that_are_in_the_language_stay_as_they_are(smollm: Base) -> None:
     (target,) = load_targets(compose("target=mini_science")["target"], 3)
     texts = [s.text for s in target.sentences]
-    adapter = AdapterDeltas.open(Pool(compose("experts=shipped")["experts"]["path"]).folder("unified"))
+    adapter = AdapterDeltas.open(Pool(compose("experts=shipped")["experts"]["path"]).folder("start"))
     with PackedWeights(smollm.model, "exact") as weights:
-        weights.apply(merge_modules([adapter], ["unified"], SINGLE))
+        weights.apply(merge_modules([adapter], ["start"], SINGLE))
         free, held = (decode(smollm, target.types, texts, DecodeSpec(160, 3, "exact", c)) for c in (False, True))
     inside = [accepted(Answers(target.types, t), a.text) for t, a in zip(texts, free, strict=True)]
     assert any(inside)

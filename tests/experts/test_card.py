@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sam.base import Base, staged
+from sam.base import Base, BaseSpec, fold_hash, identity, staged
 from sam.errors import SamError
 from sam.experts import Card, Pool
 from sam.experts.modelcard import write_readme
+from sam.launch import compose
 from sam.prompts import PROMPT_VERSION
 from tests.tiny import make_card, one_line
 
@@ -176,3 +177,16 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     for role, kind in (("start", "The common start"), ("unified", "The unified baseline")):
         write_readme(tmp_path, dataclasses.replace(card, role=role, recipe={**recipe, "precision": "32-true"}))
         assert kind in (tmp_path / "README.md").read_text()
+
+
+def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
+    """The common start on the bare model, all others on the model with it folded in; nothing is left over."""
+    config = compose()
+    spec, pool = BaseSpec.from_config(config["base"]), Pool(config["experts"]["path"])
+    roles = {name: card.role for name, card in pool.cards.items()}
+    assert set(roles) == {*pool.names, "start", "unified", "unified_small"} and len(pool.names) == 6
+    pool.check(smollm.fingerprint, PROMPT_VERSION, ["start"])
+    pool.check(identity(spec), PROMPT_VERSION, [name for name in roles if name != "start"])
+    assert {pool.cards[name].base_fold for name in roles if name != "start"} == {fold_hash(spec)}
+    with pytest.raises(SamError, match="with an adapter folded in"):
+        pool.check(smollm.fingerprint, PROMPT_VERSION)
