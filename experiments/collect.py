@@ -62,6 +62,14 @@ def finished(jobs: Iterable[Job]) -> list[Job]:
     return [job for job in jobs if job.state == "done"]
 
 
+def load_finished(folder: Path) -> list[Job]:
+    """All jobs under ``folder``. Raises ``SamError`` as :func:`load_jobs`, and where one is not done."""
+    jobs = load_jobs(folder)
+    if left := [job for job in jobs if job.state != "done"]:
+        raise SamError(f"{left[0].folder} is {left[0].state}; run the sweep's command again until all jobs are done")
+    return jobs
+
+
 def target_names(jobs: Iterable[Job]) -> list[str]:
     """The targets that any job scored, in order of appearance."""
     return list(dict.fromkeys(name for job in jobs for name in job.targets))
@@ -145,7 +153,7 @@ def read_predictions(job: Job) -> list[dict[str, Any]]:
     path = job.folder / PREDICTIONS
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def config_path(name: str, known: Iterable[str]) -> str | None:

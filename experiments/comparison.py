@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from experiments import bootstrap
 from experiments.bootstrap import Counts, Interval
-from experiments.collect import MEAN, Job, finished, load_jobs, target_names
+from experiments.collect import MEAN, Job, load_finished, read_predictions, target_names
 from sam.errors import SamError
 from sam.prompts import fold
 from sam.results import PREDICTIONS, RIM
@@ -76,13 +75,17 @@ class Row:
 
 @dataclass
 class Comparison:
-    """All rows, with the targets and the resamples that they share."""
+    """All rows, with the targets and sentences that they share, and the jobs that they were read from."""
 
     rows: dict[str, Row]
     targets: list[str]
     sentences: dict[str, list[str]]
-    commits: set[str]
-    config: dict[str, Any]
+    jobs: list[Job]
+
+    @property
+    def commits(self) -> list[str]:
+        """The commits that the jobs were run at, sorted."""
+        return sorted({job.git_commit for job in self.jobs})
 
     def f1(self, row: Row, target: str) -> Interval:
         """F1 (0 to 1) of a row on a target, or its mean over targets, with its interval."""
@@ -123,16 +126,12 @@ def compare(folder: Path) -> Comparison:
 
     Raises SamError for unfinished jobs, and for jobs that differ in more than selector and seed, or in their sentences.
     """
-    jobs = load_jobs(folder)
-    done = finished(jobs)
-    if len(done) < len(jobs):
-        left = next(job for job in jobs if job.state != "done")
-        raise SamError(f"{left.folder} is {left.state}; run the sweep's command again until all jobs are done")
-    for job in done[1:]:
-        _check_alike(done[0], job)
-    comparison = Comparison({}, target_names(done), {}, {job.git_commit for job in done}, done[0].config)
-    seconds = _seconds(done)
-    for job in done:
+    jobs = load_finished(folder)
+    for job in jobs[1:]:
+        _check_alike(jobs[0], job)
+    comparison = Comparison({}, target_names(jobs), {}, jobs)
+    seconds = _seconds(jobs)
+    for job in jobs:
         _read(job, comparison, seconds)
     for needed in (BASELINE, METHOD):
         if needed not in comparison.rows:
@@ -173,7 +172,9 @@ def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
 
 def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], float]) -> None:
     """Add a job's systems to the rows: its combination, and for the selector ``each`` every expert too."""
-    selector, rows, seed = str(job.config["selector.name"]), list(predictions(job)), int(job.config["seed"])
+    selector, rows, seed = str(job.config["selector.name"]), read_predictions(job), int(job.config["seed"])
+    if not rows:
+        raise SamError(f"{job.folder / PREDICTIONS} is missing; delete {job.folder} and run the sweep again")
     touched = set()
     for target, result in job.targets.items():
         lines = [line for line in rows if line["target"] == target]
@@ -215,16 +216,6 @@ def _figures(scores: Mapping[str, float], seconds: float) -> dict[str, float]:
         "hallucinated": scores["not_in_sentence"] / scores["predicted"] if scores["predicted"] else 0.0,
         "seconds": seconds,
     }
-
-
-def predictions(job: Job) -> Iterator[dict[str, Any]]:
-    """The lines of a job's ``predictions.jsonl``. Raises SamError where it is missing."""
-    path = job.folder / PREDICTIONS
-    if not path.is_file():
-        raise SamError(f"{path} is missing; delete {job.folder} and run the sweep again")
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:

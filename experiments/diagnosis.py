@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.collect import COMBINED, MEAN, load_jobs, score
+from experiments.collect import COMBINED, MEAN, load_finished, score
 from experiments.figures import COLOURS, MARKERS
 from sam.errors import SamError
 
@@ -32,10 +32,7 @@ def own_data(folder: Path) -> Bars:
     Raises SamError where a job is missing or unfinished, or where two would share a bar.
     """
     found: Bars = {}
-    jobs = load_jobs(folder)
-    if left := [job for job in jobs if job.state != "done"]:
-        raise SamError(f"{left[0].folder} is {left[0].state}; run the sweep's command again until all jobs are done")
-    for job in jobs:
+    for job in load_finished(folder):
         selector = str(job.config["selector.name"])
         for target, result in job.targets.items():
             own = selector == "each"

@@ -19,8 +19,8 @@ from typing import Any
 
 from experiments import bootstrap
 from experiments.bootstrap import Interval
-from experiments.collect import MEAN, Job, finished, load_jobs
-from experiments.comparison import BASELINE, METHOD, RATIOS, Comparison, Row, compare, predictions
+from experiments.collect import MEAN, Job, read_predictions
+from experiments.comparison import BASELINE, METHOD, RATIOS, Comparison, Row, compare
 from experiments.render import escape
 from sam.errors import SamError
 from sam.prompts import align
@@ -51,11 +51,12 @@ def markdown(comparison: Comparison) -> str:
     for target in targets:
         for line, part in zip(fourth, comparison.against(ours, unified, target), strict=True):
             line.append(_percent(part))
+    base = comparison.jobs[0].config.get("base.name")
     parts = [
-        f"F1 (%) over (type, text) pairs, zero-shot, base {comparison.config.get('base.name')}; sentences: {sizes}. "
+        f"F1 (%) over (type, text) pairs, zero-shot, base {base}; sentences: {sizes}. "
         f"In brackets 95 % bootstrap intervals over sentences ({bootstrap.ROUNDS} resamples): they hold neither the "
         "spread of seeds nor that of trainings. † looked at gold labels: a bound, no method. "
-        f"Commit {', '.join(sorted(comparison.commits))}.",
+        f"Commit {', '.join(comparison.commits)}.",
         _table(["system", *targets], first),
         "Means over the targets; seconds of merging and decoding a target, all models of the system, where it was "
         "decoded (beside the answers of its siblings, which make it cheaper).",
@@ -162,7 +163,7 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
 def textless(job: Job) -> Iterator[dict[str, Any]]:
     """A job's predictions without the corpus's text: a pair is ``[type, start, end]`` of its first occurrence, or
     ``[type, text]`` where the sentence does not hold it."""
-    for line in predictions(job):
+    for line in read_predictions(job):
         text = line["text"]
         models = {name: {"pairs": [_place(text, *p) for p in m["pairs"]]} for name, m in line["models"].items()}
         combined = [_place(text, *pair) for pair in line["combined"]["pairs"]]
@@ -185,9 +186,9 @@ def write(folder: Path, out: Path) -> Comparison:
     write_text(out / "main_table.csv", buffer.getvalue())
     write_text(out / "main_table.md", markdown(comparison))
     write_text(out / "main_table.tex", latex(comparison))
-    head = {"commits": sorted(comparison.commits), "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
+    head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
     write_json(out / "main_table.json", {**head, "records": [{k: _plain(v) for k, v in r.items()} for r in found]})
-    for job in finished(load_jobs(folder)):
+    for job in comparison.jobs:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job))
         target = out / "predictions" / f"{job.folder.name}.jsonl.xz"
         target.parent.mkdir(parents=True, exist_ok=True)
