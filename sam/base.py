@@ -28,6 +28,8 @@ SOURCES = ("wheel", "hub", "local")
 DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = "sam.json"
 CARD_FILE = "expert.json"
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that transformers' decoders call on the same input."""
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,41 @@ def test_fast_is_close_and_keeps_the_head_exact(tiny: Base) -> None:
 def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mode: str) -> None:
     with PackedWeights(smollm.model, mode) as weights:
         weights.apply([])
-        layer = smollm.model.get_submodule("model.layers.3.mlp.down_proj")
-        x = torch.randn(300, layer.in_features)
-        whole = layer(x)
-        for size in (2, 3, 16, 64, 208):  # the engine never asks for one token alone
-            assert torch.equal(layer(x[:size]), whole[:size])
+        for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj"):
+            layer = smollm.model.get_submodule(f"model.layers.3.{name}")
+            x = torch.randn(300, layer.in_features)
+            whole = layer(x)
+            for size in (2, 3, 16, 64, 208):  # the engine never asks for one token alone
+                assert torch.equal(layer(x[:size]), whole[:size]), (name, size)
+
+
+class Three(nn.Module):
+    """Layers of one input, of different sizes, as in a decoder's attention; the head is another."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, n, bias=bias) for n in (32, 16, 8))
+        self.head = nn.Linear(8, 4)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("names", [[], ["k_proj"], ["q_proj", "k_proj", "v_proj"]])
+def test_layers_of_one_input_give_each_its_own(bias: bool, names: list[str]) -> None:
+    """In any order, asked twice, on another input in between, and whichever of them an expert touches."""
+    model = Three(bias)
+    layers = [model.q_proj, model.k_proj, model.v_proj]
+    deltas = [(name, torch.randn_like(model.get_submodule(name).weight)) for name in names]
+    x, y = torch.randn(5, 32), torch.randn(7, 32)
+    with merged(model, deltas):
+        expected = {(i, len(z)): layer(z) for i, layer in enumerate(layers) for z in (x, y)}
+    with PackedWeights(model, "exact") as weights:
+        weights.apply(deltas)
+        for number, asked in ((0, x), (1, x), (2, x), (2, x), (1, x), (0, y), (2, x), (1, y), (1, y), (0, x)):
+            found = layers[number](asked)
+            assert torch.allclose(found, expected[number, len(asked)], atol=1e-5)
 
 
 def test_a_forward_of_somebody_elses_is_left_alone(tiny: Base) -> None:

@@ -30,7 +30,7 @@ def run(options: Options) -> Report:
     limit = ["limit=4"] if options.quick else []
     rounds = 1 if options.quick else min(options.rounds, 3)
     with tempfile.TemporaryDirectory() as folder:
-        cache = _models(Path(folder))
+        cache = converted_models(Path(folder))
         contestants = [
             Contestant("15 jobs", _timed([*SWEEP, *limit], cache), ours=True),
             Contestant("one job", _timed([*limit], cache)),
@@ -42,7 +42,7 @@ def run(options: Options) -> Report:
     return joined([report], {"15 jobs cost": f"{ratio:.1f} single jobs (goal {GOAL:g}, {met})"})
 
 
-def _models(folder: Path) -> Path:
+def converted_models(folder: Path) -> Path:
     """A cache directory with the converted models of the user's, and no answers."""
     for name in ("models", "fingerprints"):
         if not (cache_dir() / name).is_dir():

@@ -2,19 +2,20 @@
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
 plain layout. ``fast`` multiplies in bf16 where the processor does so itself; all else, the output layer included, stays
-in fp32. Either way a token's result is the same to the bit whatever else is in the batch.
+in fp32. Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way a token's result is the
+same to the bit whatever else is in the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sam.base import multiplies_bf16
+from sam.base import SIBLINGS, multiplies_bf16
 from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
@@ -31,45 +32,73 @@ class PackedWeights(MergedWeights):
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._head = cast(Any, model).get_output_embeddings()
         self._half = mode == "fast" and halves()
-        self._unmerged: dict[str, Linear] = {}  # layers that no expert touches, packed once
+        self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
+        self._unmerged: dict[nn.Module, list[Linear]] = {}  # by first layer: what no expert touches, packed once
         self._packed: list[nn.Module] = []
+        self._team: dict[nn.Module, list[nn.Module]] = {}  # packable layer -> all that are multiplied with it
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`MergedWeights.apply`; no module at all gives the base model itself, packed."""
+        self._team = {layer: team for team in self._teams() for layer in team}
         super().apply(modules)
         try:
-            for name, module in self.model.named_modules():
-                if self._can_pack(module):  # a merged layer is packed already
-                    if name not in self._unmerged:
-                        self._unmerged[name] = self._pack(module, module.weight)
-                    self._replace(module, self._unmerged[name])
+            for layer, team in self._team.items():
+                if layer is team[0] and layer not in self._packed:
+                    self._pack(team)
         except BaseException:
             self._restore()
             raise
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
-        if self._can_pack(module):
-            self._replace(module, self._pack(module, merged.to(weight.dtype)))
-        else:
+        if module not in self._team:
             super()._set(module, weight, merged)
+            return
+        self._merged[module] = merged.to(self._dtype(module))
+        if all(layer in self._merged for layer in self._team[module]):
+            self._pack(self._team[module])
+
+    def _teams(self) -> Iterator[list[nn.Module]]:
+        """All layers that can be packed, those that are multiplied as one together."""
+        for parent in self.model.modules():
+            layers = {name: layer for name, layer in parent.named_children() if self._can_pack(layer)}
+            for names in SIBLINGS:
+                found = [cast(Any, layers[name]) for name in names if name in layers]
+                kinds = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in found}
+                if len(found) == len(names) and len(kinds) == 1:
+                    yield [layers.pop(name) for name in names]
+            yield from ([layer] for layer in layers.values())
 
     def _can_pack(self, module: nn.Module) -> bool:
         """Whether it is a plain linear layer, with no ``forward`` of somebody else's, of a kind that oneDNN packs."""
         plain = self._on_cpu and type(module) is nn.Linear and "forward" not in vars(module)
         return plain and packs(cast(Tensor, module.weight).dtype)
 
-    def _pack(self, module: Any, weight: Tensor) -> Linear:
-        half = self._half and module is not self._head and weight.dtype == torch.float32
-        return _packed(weight.detach(), module.bias, torch.bfloat16 if half else weight.dtype)
+    def _dtype(self, module: nn.Module) -> torch.dtype:
+        """What its weight is multiplied in."""
+        dtype = cast(Tensor, module.weight).dtype
+        return torch.bfloat16 if self._half and module is not self._head and dtype == torch.float32 else dtype
 
-    def _replace(self, module: nn.Module, forward: Linear) -> None:
-        module.forward = forward  # type: ignore[method-assign]
-        self._packed.append(module)
+    def _pack(self, team: list[nn.Module]) -> None:
+        """Let the layers of ``team`` work with their merged weights, or their own where no expert touches them."""
+        merged = [self._merged.pop(layer, None) for layer in team]
+        forwards = None if any(weight is not None for weight in merged) else self._unmerged.get(team[0])
+        if forwards is None:
+            weights = [
+                cast(Tensor, layer.weight).detach().to(self._dtype(layer)) if weight is None else weight
+                for layer, weight in zip(team, merged, strict=True)
+            ]
+            forwards = _forwards(weights, [cast(Any, layer).bias for layer in team])
+            if all(weight is None for weight in merged):
+                self._unmerged[team[0]] = forwards
+        for layer, forward in zip(team, forwards, strict=True):
+            layer.forward = forward  # type: ignore[method-assign]
+            self._packed.append(layer)
 
     def _restore(self) -> None:
         for module in self._packed:
             vars(module).pop("forward", None)
         self._packed.clear()
+        self._merged.clear()
         super()._restore()
 
 
@@ -77,7 +106,7 @@ class PackedWeights(MergedWeights):
 def packs(dtype: torch.dtype) -> bool:
     """Whether this torch, on this processor, has oneDNN's packed linear layers in ``dtype``."""
     try:
-        return bool(_packed(torch.ones(16, 16), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
+        return bool(_packed(torch.ones(16, 16, dtype=dtype), None)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
     except (AttributeError, RuntimeError):
         return False
 
@@ -87,10 +116,38 @@ def halves() -> bool:
     return packs(torch.float32) and packs(torch.bfloat16) and multiplies_bf16()
 
 
-def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+class _Together:
+    """Layers of one input, multiplied as one when the first of them is asked; each takes its own part of the result."""
+
+    def __init__(self, linear: Linear, sizes: list[int]) -> None:
+        self.linear, self.sizes = linear, sizes
+        self._input: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def part(self, number: int, x: Tensor) -> Tensor:
+        if x is not self._input or number not in self._parts:
+            self._input = x
+            self._parts = dict(enumerate(self.linear(x).split(self.sizes, -1)))
+        found = self._parts.pop(number)
+        if not self._parts:
+            self._input = None
+        return found
+
+
+def _forwards(weights: list[Tensor], biases: list[Tensor | None]) -> list[Linear]:
+    """What computes each of the layers, which share their input."""
+    offsets = [bias.detach() for bias in biases if bias is not None]
+    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None)
+    if len(weights) == 1:
+        return [linear]
+    together = _Together(linear, [len(weight) for weight in weights])
+    return [partial(together.part, number) for number in range(len(weights))]
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> Linear:
     # The number is the tokens to expect; other numbers give the same result.
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 256)
-    offset = None if bias is None else bias.detach().to(dtype)
+    dtype, packed = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    offset = None if bias is None else bias.to(dtype)
 
     def forward(x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, offset, "none", [], "").to(x.dtype)

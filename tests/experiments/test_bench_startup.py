@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from experiments.bench.harness import Case, Report
-from experiments.bench.startup import GOALS, goal_met
+from experiments.bench.startup import GOALS, any_kept, goal_met
+from sam.decoding import AnswerStore
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(0.1, "0.3 s, met (0.10 s)"), (0.9, "0.3 s, missed (0.90 s)")])
@@ -14,3 +17,12 @@ def test_goal_is_judged_by_the_median(seconds: float, verdict: str) -> None:
     assert "import sam" in GOALS
     report = Report((Case("import sam", "seconds", False, rounds, "import sam"),), machine={"slug": "none"})
     assert goal_met(report) == verdict
+
+
+def test_first_answer_is_seen_once_it_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    assert not any_kept(path)
+    store = AnswerStore(path)
+    assert not any_kept(path)
+    store.put({"key": ("[]", False)})
+    assert any_kept(path)
