@@ -1,0 +1,48 @@
+"""The leave-one-out table from made-up jobs: means worked by hand, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.collect import MEAN, Job
+from experiments.leave_one_out import build, main
+from sam.errors import SamError
+
+
+def job(domain: str | None, lam: float, *f1: float, **config: Any) -> Job:
+    targets = {f"{domain}_{i}": {"models": {}, "combined": {"scores": {"n": 24, "f1": f}}} for i, f in enumerate(f1)}
+    sets = {f"target.sets.{name}.split": "dev" for name in targets}
+    shown = {"experts.exclude": [domain] if domain else [], "merge.lam": lam, "merge.name": "ties", **sets, **config}
+    return Job(Path(f"{domain}-{lam}"), "done", config=shown, targets=targets, git_commit="abc")
+
+
+def test_means_are_over_datasets_then_domains_and_the_best_comes_first() -> None:
+    jobs = [job("news", 1.0, 0.1, 0.3), job("legal", 1.0, 0.4), job("news", 0.5, 0.3), job("legal", 0.5, 0.5)]
+    table = build([*jobs, jobs[0]])
+    assert table.rows == [("0.5",), ("1",)] and table.row_names == ("merge.lam",)
+    assert [table.cell(("1",), column).mean for column in table.columns] == pytest.approx([20, 40, 30])
+    assert table.columns[-1] == (MEAN,)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ([job(None, 1.0, 0.1)], "leaves out no expert"),
+        (
+            [job("news", 1.0, 0.1), job("legal", 1.0, 0.1), job("news", 2.0, 0.1)],
+            "leaves out legal with merge.lam=2",
+        ),
+        ([job("news", 1.0, 0.1), job("news", 1.0, 0.2)], "one setting with different scores"),
+    ],
+)
+def test_incomplete_sweeps_are_refused(jobs: list[Job], message: str) -> None:
+    with pytest.raises(SamError, match=message):
+        build(jobs)
+
+
+def test_no_sweep_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none")]) == 2
+    assert "no folder" in capsys.readouterr().err
