@@ -1,0 +1,120 @@
+"""What a run says of itself: sections of ``result.json``, lines of ``predictions.jsonl``, W&B's numbers, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sam import prompts
+from sam.console import print_table, say
+from sam.ner import Mention, Prediction
+from sam.results import RESULT, peak_memory_mb
+from sam.selection.select import SELECTORS
+
+MAIN = ("precision", "recall", "f1", "span_f1")
+
+
+def section(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
+    """One target's section of ``result.json``; ``took``: model -> what its answers took."""
+    target, scored = module.target, bool(module.target.scored)
+    scores = {name: s.to_dict() for name, s in module.scores().items()} if scored else {}
+    models = {
+        name: {
+            "experts": list(selection.experts),
+            "model_key": module.engine.key(selection.experts, module.merge),
+            "scores": scores.get(name),
+            "seconds": {"merge": took[name].merge, "decode": took[name].decode},
+            "decoded": took[name].decoded,
+        }
+        for name, selection in module.selections.items()
+    }
+    return {
+        "n": len(target.sentences),
+        "types": list(target.types),
+        "labels_used_for_selection": SELECTORS[module.selector].uses_gold,
+        "selections": {name: s.to_dict() for name, s in module.selections.items()},
+        "models": models,
+        "combined": {"rule": module.rule, "scores": scores.get("combined")},
+        "seconds": round(sum(spent.merge + spent.decode for spent in took.values()), 2),
+    }
+
+
+def prediction_rows(module: Any) -> list[dict[str, Any]]:
+    """One target's lines of ``predictions.jsonl``, in the order of its sentences."""
+    target, combined = module.target, module.combined()
+    return [
+        {
+            "target": target.name,
+            "id": s.id,
+            "text": s.text,
+            "gold": None if s.mentions is None else [_mention(m) for m in s.mentions],
+            "prompt": prompts.render(target.types, s.text),
+            "models": {
+                name: {"answer": found[s.id].answer, **_found(found[s.id])}
+                for name, found in module.predictions.items()
+            },
+            "combined": _found(combined[s.id]),
+        }
+        for s in target.sentences
+    ]
+
+
+def _mention(mention: Mention) -> list[Any]:
+    return [mention.type, mention.start, mention.end]
+
+
+def _found(prediction: Prediction) -> dict[str, Any]:
+    return {"pairs": [list(p) for p in prediction.pairs], "mentions": [_mention(m) for m in prediction.mentions]}
+
+
+def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
+    """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
+    found = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
+    return {
+        "targets": targets,
+        "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
+        "answers": dict(engine.counts),
+        "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that go to W&B, flat: ``target/model/metric`` and ``mean/metric``."""
+    found = {f"mean/{m}": v for m, v in (result["overall"] or {}).items()}
+    for name, target in result["targets"].items():
+        all_scores = {n: m["scores"] for n, m in target["models"].items()} | {"combined": target["combined"]["scores"]}
+        for model, scores in all_scores.items():
+            found.update({f"{name}/{model}/{m}": scores[m] for m in MAIN if scores})
+    return {**found, "seconds": result["seconds"]["total"], "peak_memory_mb": result["peak_memory_mb"]}
+
+
+def show(result: Mapping[str, Any], folder: Path) -> None:
+    """Print the run's table and where its files are."""
+    oracle = any(t["labels_used_for_selection"] for t in result["targets"].values())
+    rows = []
+    for name, target in result["targets"].items():
+        for model, entry in target["models"].items():
+            label = f"{model} (gold labels used)" if target["labels_used_for_selection"] else model
+            rows.append([name, label, "+".join(entry["experts"]), *_cells(entry["scores"]), ""])
+        rule = target["combined"]["rule"]
+        if len(target["models"]) > 1:
+            rows.append([name, rule, "", *_cells(target["combined"]["scores"]), f"{target['seconds']:.1f}"])
+        else:
+            rows[-1][-1] = f"{target['seconds']:.1f}"
+    overall = result["overall"]
+    if overall and len(result["targets"]) > 1:
+        cells = [f"{100 * overall[m]:.1f}" for m in ("precision", "recall", "f1")]
+        rows.append(["mean", "", "", *cells, "", f"{result['seconds']['total']:.1f}"])
+    note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
+    title = f"merge={result['config']['merge']['name']} k={result['config']['k']}{note}"
+    print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)
+    answers = result["answers"]
+    say(f"{answers.get('decoded', 0)} answers decoded, {answers.get('reused', 0)} reused; {folder / RESULT}")
+
+
+def _cells(scores: Mapping[str, Any] | None) -> list[str]:
+    if scores is None:
+        return ["–", "–", "–", "–"]
+    return [*(f"{100 * scores[m]:.1f}" for m in ("precision", "recall", "f1")), str(scores["unparsable"])]
