@@ -24,6 +24,8 @@ RATIOS = ("precision", "recall", "span_f1")
 LABELS = {
     "unified_small": "unified, one expert's budget",
     "each": "experts, union of all",
+    "each, vote": "experts, two votes",
+    "all_each, vote": "all merged or two experts",
     "all": "all merged",
     "random": "random",
     "domain": "SaM, domain only",
@@ -33,10 +35,10 @@ LABELS = {
     "oracle": "top k by gold F1",
 }
 ORDER = (
-    *("unified", "unified_small", "expert", "mean", "best", "each", "random", "all"),
+    *("unified", "unified_small", "expert", "mean", "best", "each", "each, vote", "random", "all", "all_each, vote"),
     *("domain", "sampling", "sam", "sameco", "oracle"),
 )
-ENOUGH = 0.5
+ENOUGH = 0.25
 """The least share of a model's answers that must have been decoded in a job for its seconds to say anything."""
 
 
@@ -124,7 +126,8 @@ _resamples = cache(bootstrap.resamples)
 def compare(folder: Path) -> Comparison:
     """Read a sweep of ``experiment=main_table``.
 
-    Raises SamError for unfinished jobs, and for jobs that differ in more than selector and seed, or in their sentences.
+    Raises SamError for unfinished jobs, and for jobs that differ in more than selector, combination and seed, or in
+    their sentences.
     """
     jobs = load_finished(folder)
     for job in jobs[1:]:
@@ -146,7 +149,7 @@ def compare(folder: Path) -> Comparison:
 
 def _check_alike(first: Job, job: Job) -> None:
     """Refuse jobs of other settings: they would be taken for other seeds of the same system."""
-    free = (*RIM, "selector", "seed")
+    free = (*RIM, "selector", "combine", "seed")
     known = {p for p in (*first.config, *job.config) if p.split(".")[0] not in free and p != "merge.seed"}
     if other := sorted(p for p in known if first.config.get(p) != job.config.get(p)):
         raise SamError(f"{first.folder} and {job.folder} differ in {other[0]}; compare jobs of the same settings")
@@ -171,7 +174,7 @@ def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
 
 
 def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], float]) -> None:
-    """Add a job's systems to the rows: its combination, and for the selector ``each`` every expert too."""
+    """Add a job's systems to the rows: its combination, and for the union of ``each`` every expert too."""
     selector, rows, seed = str(job.config["selector.name"]), read_predictions(job), int(job.config["seed"])
     if not rows:
         raise SamError(f"{job.folder / PREDICTIONS} is missing; delete {job.folder} and run the sweep again")
@@ -183,7 +186,7 @@ def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], fl
             raise SamError(f"{job.folder} scored other sentences of {target}; all rows need the same")
         keys = {name: m["model_key"] for name, m in result["models"].items()}
         costs = {key: seconds.get((target, key), float("nan")) for key in keys.values()}
-        if selector == "each":
+        if selector == "each" and job.config["combine.rule"] == "union":
             for name, model in result["models"].items():
                 row = _row(comparison, f"expert {name}", "expert")
                 row.at(target).add(_counts(lines, name), _figures(model["scores"], costs[keys[name]]))
@@ -200,6 +203,8 @@ def _label(job: Job, result: Mapping[str, Any]) -> tuple[str, str]:
     kind = str(job.config["selector.name"])
     if kind == "named":
         kind = "+".join(next(iter(result["models"].values()))["experts"])
+    if job.config["combine.rule"] != "union":
+        kind += f", {job.config['combine.rule']}"
     if kind not in ORDER:
         raise SamError(f"{job.folder}: {kind} is no row of the main comparison; move the job away")
     return LABELS.get(kind, kind) + (f" {job.config['k']}" if kind == "random" else ""), kind

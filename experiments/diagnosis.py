@@ -1,4 +1,4 @@
-"""Why the merged experts do or do not beat the unified model: four figures.
+"""Why the merged experts do or do not beat the unified model: four figures, and F1 (%) on own data as CSV.
 
 ``python -m experiments.diagnosis MAIN_TABLE.csv OWN_DATA_SWEEP --out DIR``: are the experts too weak, does merging lose
 them (both on the experts' own data, a sweep of ``experiment=own_data``), is the selection wrong, does the union cost
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     plt.rcParams["svg.hashsalt"] = "sam"  # the same figure is the same file
     try:
-        figures = draw(args.table, args.own)
+        figures, sources = draw(args.table, args.own), own_data(args.own)
     except (SamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -142,6 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, figure in figures.items():
         figure.savefig(args.out / f"diagnosis_{name}.svg", metadata={"Date": None})
         print(args.out / f"diagnosis_{name}.svg")
+    jobs = load_finished(args.own)
+    stamp = [
+        "+".join(sorted({str(t["n"]) for job in jobs for t in job.targets.values()})),
+        "+".join(sorted({job.git_commit for job in jobs})),
+    ]
+    with (args.out / "own_data.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["F1 (%) of", *next(iter(sources.values())), "sentences a set", "commit"])
+        writer.writerows([name, *(f"{f1:.2f}" for f1 in row.values()), *stamp] for name, row in sources.items())
+    print(args.out / "own_data.csv")
     return 0
 
 

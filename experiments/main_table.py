@@ -1,19 +1,21 @@
 """The paper's main comparison from a sweep of ``experiment=main_table``.
 
 ``python -m experiments.main_table outputs/sweeps/main_table --out experiments/results/main_table`` writes the table as
-Markdown, CSV, LaTeX and JSON, and the predictions without the corpora's text.
+Markdown, CSV, LaTeX and JSON, what was selected, and the predictions without the corpora's text.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import lzma
 import math
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,10 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def textless(job: Job) -> Iterator[dict[str, Any]]:
-    """A job's predictions without the corpus's text: a pair is ``[type, start, end]`` of its first occurrence, or
-    ``[type, text]`` where the sentence does not hold it."""
+    """A job's predictions without the corpus's text: a pair is ``[type, start, end]`` of its first occurrence.
+
+    Where the sentence does not hold it, it is ``[type, hash]``: even such text can be most of a sentence, altered.
+    """
     for line in read_predictions(job):
         text = line["text"]
         models = {name: {"pairs": [_place(text, *p) for p in m["pairs"]]} for name, m in line["models"].items()}
@@ -172,28 +176,58 @@ def textless(job: Job) -> Iterator[dict[str, Any]]:
 
 def _place(text: str, name: str, surface: str) -> list[Any]:
     found = align(text, [(name, surface)])
-    return [name, found[0].start, found[0].end] if found else [name, surface]
+    if found:
+        return [name, found[0].start, found[0].end]
+    return [name, hashlib.sha256(surface.encode()).hexdigest()[:16]]
+
+
+def selections(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """What each job selected on each target: a row a model."""
+    for job in comparison.jobs:
+        for target, result in job.targets.items():
+            for model, selection in result["selections"].items():
+                details = selection.get("details") or {}
+                yield {
+                    "job": job.folder.name,
+                    "target": target,
+                    "model": model,
+                    "experts": "+".join(selection["experts"]),
+                    "scores": "; ".join(f"{name} {s:.3f}" for name, s in (selection.get("scores") or {}).items()),
+                    "ranked_by": details.get("by", ""),
+                    "pseudo_labels": details.get("pseudo_labels", ""),
+                }
 
 
 def write(folder: Path, out: Path) -> Comparison:
     """Make all files of the comparison of ``folder`` in ``out``."""
     comparison = compare(folder)
     found = records(comparison)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(found[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in record.items()} for record in found)
-    write_text(out / "main_table.csv", buffer.getvalue())
+    rows = [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in record.items()} for record in found]
+    write_text(out / "main_table.csv", _csv(rows))
+    write_text(out / "selections.csv", _csv(list(selections(comparison))))
     write_text(out / "main_table.md", markdown(comparison))
     write_text(out / "main_table.tex", latex(comparison))
-    head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
-    write_json(out / "main_table.json", {**head, "records": [{k: _plain(v) for k, v in r.items()} for r in found]})
+    files: dict[bytes, str] = {}  # a system that no seed changes is kept once
+    shutil.rmtree(out / "predictions", ignore_errors=True)
+    (out / "predictions").mkdir(parents=True)
+    kept = {}
     for job in comparison.jobs:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job))
-        target = out / "predictions" / f"{job.folder.name}.jsonl.xz"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(lzma.compress(text.encode("utf-8")))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job)).encode()
+        name = files.setdefault(text, f"{job.folder.name}.jsonl.xz")
+        kept[job.folder.name] = f"predictions/{name}"
+        (out / "predictions" / name).write_bytes(lzma.compress(text))
+    head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
+    head["predictions"] = kept
+    write_json(out / "main_table.json", {**head, "records": [{k: _plain(v) for k, v in r.items()} for r in found]})
     return comparison
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def _plain(value: Any) -> Any:

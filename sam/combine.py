@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sam.errors import SamError
 from sam.ner import Pair, Prediction
 from sam.prompts import locate
 
+NEEDED = 2
+"""The voices that a pair needs under the rule ``vote``."""
 
-def _union(predictions: Sequence[Prediction]) -> tuple[Pair, ...]:
+Rule = Callable[[Sequence[Prediction], Sequence[int]], tuple[Pair, ...]]
+
+
+def _union(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
     return tuple(dict.fromkeys(pair for prediction in predictions for pair in prediction.pairs))
 
 
-def _intersection(predictions: Sequence[Prediction]) -> tuple[Pair, ...]:
+def _intersection(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
     common = set.intersection(*(set(prediction.pairs) for prediction in predictions))
     return tuple(pair for pair in dict.fromkeys(predictions[0].pairs) if pair in common)
 
 
-RULES: dict[str, Callable[[Sequence[Prediction]], tuple[Pair, ...]]] = {
+def _vote(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    heard: Counter[Pair] = Counter()
+    for prediction, count in zip(predictions, voices, strict=True):
+        heard.update(dict.fromkeys(prediction.pairs, count))
+    needed = min(NEEDED, sum(voices))
+    return tuple(pair for pair in _union(predictions, voices) if heard[pair] >= needed)
+
+
+RULES: dict[str, Rule] = {
     "union": _union,
     "intersection": _intersection,
-    "first": lambda predictions: _union(predictions[:1]),
+    "vote": _vote,
+    "first": _union,  # of the first model alone
 }
 
 
@@ -31,13 +46,21 @@ def check_rule(rule: str) -> None:
         raise SamError(f"combine.rule={rule} is unknown; allowed: {', '.join(RULES)}")
 
 
-def combine(predictions: Sequence[Prediction], text: str, rule: str, types: Sequence[str]) -> Prediction:
+def combine(
+    predictions: Sequence[Prediction],
+    text: str,
+    rule: str,
+    types: Sequence[str],
+    voices: Sequence[int] | None = None,
+) -> Prediction:
     """One prediction out of several models' ``predictions`` on the sentence ``text``, asked for ``types``.
 
     Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
-    adds), ``intersection`` (pairs that all models found), ``first`` (the first model's alone; the others are not
-    looked at). The spans and counts are then made anew from the combined pairs: longest text first, and a text that
-    two models give two types keeps both pairs while its span goes to the type of the model listed first.
+    adds), ``intersection`` (pairs that all models found), ``vote`` (pairs that at least two voices found; a merged
+    model speaks for its experts, so ``voices`` holds their number for each model, by default 1), ``first`` (the first
+    model's alone; the others are not looked at). The spans and counts are then made anew from the combined pairs:
+    longest text first, and a text that two models give two types keeps both pairs while its span goes to the type of
+    the model listed first.
     ``unparsable`` means that all answers were, ``truncated`` that any was; the answer is empty, as there is no single
     one.
 
@@ -47,7 +70,7 @@ def combine(predictions: Sequence[Prediction], text: str, rule: str, types: Sequ
     if not predictions:
         raise SamError("no predictions to combine: give those of at least one model")
     used = predictions[:1] if rule == "first" else predictions
-    pairs = RULES[rule](used)
+    pairs = RULES[rule](used, [1] * len(used) if voices is None else voices[: len(used)])
     mentions, not_in_sentence, not_asked = locate(pairs, text, types)
     return Prediction(
         pairs=pairs,

@@ -132,9 +132,10 @@ class SamModule(L.LightningModule):
     def combined(self) -> dict[str, Prediction]:
         """Sentence id -> the task models' predictions combined, for the sentences that all have answered."""
         models = list(self.predictions.values())
+        voices = [len(self.selections[name].experts) for name in self.predictions]
         texts = {s.id: s.text for s in self.target.sentences}
         done = [i for i in texts if all(i in found for found in models)]
-        return {i: combine([m[i] for m in models], texts[i], self.rule, self.target.types) for i in done}
+        return {i: combine([m[i] for m in models], texts[i], self.rule, self.target.types, voices) for i in done}
 
     def scores(self) -> dict[str, Scores]:
         """The scores of each task model and, under ``combined``, of their combination.

@@ -44,6 +44,17 @@ def test_intersection_keeps_what_all_found() -> None:
     assert combine([ONE, TWO, BROKEN], TEXT, "intersection", TYPES).pairs == ()
 
 
+def test_vote_keeps_what_two_voices_found() -> None:
+    three = predict(TEXT, '{"person": ["Bob", "Bob"], "place": ["York"]}', TYPES)
+    assert combine([ONE, TWO, three], TEXT, "vote", TYPES).pairs == (
+        *(("person", "Ada"), ("place", "York"), ("person", "Bob")),
+    )
+    # A model merged of three speaks for three: all it found stays, and a single model alone adds nothing.
+    got = combine([ONE, TWO, three], TEXT, "vote", TYPES, [3, 1, 1])
+    assert got.pairs == (*ONE.pairs, ("person", "Bob"))
+    assert combine([ONE, TWO], TEXT, "vote", TYPES, [3, 3]) == combine([ONE, TWO], TEXT, "union", TYPES)
+
+
 def test_first_is_the_first_model_alone() -> None:
     got = combine([ONE, TWO], TEXT, "first", TYPES)
     assert (got.pairs, got.mentions, got.not_in_sentence) == (ONE.pairs, ONE.mentions, 1)
@@ -63,14 +74,14 @@ def test_one_model_combines_to_itself(rule: str) -> None:
     assert got == Prediction(TWO.pairs, TWO.mentions, "", False, True, TWO.not_in_sentence, TWO.not_asked)
 
 
-@pytest.mark.parametrize("rule", ["union", "intersection"])
+@pytest.mark.parametrize("rule", ["union", "intersection", "vote"])
 def test_the_set_of_pairs_does_not_depend_on_the_order_of_models(rule: str) -> None:
     orders = itertools.permutations([ONE, TWO, BROKEN])
     assert len({frozenset(combine(order, TEXT, rule, TYPES).pairs) for order in orders}) == 1
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(SamError, match="combine.rule=vote is unknown; allowed: union, intersection, first"):
-        combine([ONE], TEXT, "vote", TYPES)
+    with pytest.raises(SamError, match="combine.rule=most is unknown; allowed: union, intersection, vote, first"):
+        combine([ONE], TEXT, "most", TYPES)
     with pytest.raises(SamError, match="no predictions"):
         combine([], TEXT, "union", TYPES)

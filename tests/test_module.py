@@ -236,7 +236,7 @@ def test_a_second_run_selects_no_more(make: MakeModule, monkeypatch: pytest.Monk
         ({"k": 9}, ("k=9", "1..4")),
         ({"selector": "random", "k": 5}, ("k=5",)),
         ({"sample_size": 0}, ("sample_size=0",)),
-        ({"rule": "vote"}, ("vote", "union")),
+        ({"rule": "most"}, ("most", "union")),
         ({"merge": MergeSpec("ties")}, ("merge=ties", "density")),
         ({"selector": "named", "experts": ["sports"]}, ("'sports'",)),
     ],

@@ -124,7 +124,7 @@ class Three(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("names", [[], ["k_proj"], ["q_proj", "k_proj", "v_proj"]])
+@pytest.mark.parametrize("names", [[], ["k_proj"], ["q_proj", "k_proj", "v_proj"], ["k_proj", "head", "q_proj"]])
 def test_layers_of_one_input_give_each_its_own(bias: bool, names: list[str]) -> None:
     """In any order, asked twice, on another input in between, and whichever of them an expert touches."""
     model = Three(bias)
@@ -174,3 +174,59 @@ def test_a_half_precision_base_stays_so(tiny: Base, dtype: torch.dtype) -> None:
         found = logits(model)
     assert found.dtype == dtype and not replaced(model)
     assert (found.float() - expected.float()).norm() / expected.float().norm() < 0.05
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(
+    smollm: Base, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    real = packed._packed
+
+    def counted(weight: Tensor, bias: Tensor | None) -> packed.Linear:
+        made.append(len(weight))
+        return real(weight, bias)
+
+    monkeypatch.setattr(packed, "_packed", counted)
+    attention = smollm.model.get_submodule("model.layers.3.self_attn")
+    dtype = torch.bfloat16 if mode == "fast" and halves() else torch.float32
+    x = torch.randn(37, attention.q_proj.in_features)
+    with PackedWeights(smollm.model, mode) as weights:
+        weights.apply([])
+        assert made[1:5] == [576 + 192 + 192, 576, 2 * 1536, 576]  # after the head
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert torch.equal(layer(x), real(layer.weight.to(dtype), None)(x))
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
+def test_few_merged_weights_wait_at_a_time(tiny: Base) -> None:
+    """Where experts touch q and v only, a layer is packed when the next one comes."""
+    weights, waiting = PackedWeights(tiny.model, "exact"), []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for number in range(len(tiny.model.model.layers)):
+            for name in ("q_proj", "v_proj"):
+                module = f"model.layers.{number}.self_attn.{name}"
+                yield module, torch.randn_like(tiny.model.get_submodule(module).weight)
+                waiting.append(len(weights._merged))
+
+    with weights:
+        weights.apply(stream())
+        assert not weights._merged
+    assert len(waiting) >= 4 and max(waiting) == 2
+
+
+def test_a_layer_that_becomes_somebody_elses_leaves_its_team(tiny: Base) -> None:
+    attention = tiny.model.get_submodule(Q.rpartition(".")[0])
+    weights = PackedWeights(tiny.model, "exact")
+    weights.apply([])
+    weights.undo()
+    plain = logits(tiny.model)
+    attention.k_proj.forward = type(attention.k_proj).forward.__get__(attention.k_proj)
+    try:
+        with weights:
+            weights.apply([])
+            assert torch.allclose(logits(tiny.model), plain, atol=1e-4)
+    finally:
+        del attention.k_proj.forward

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from experiments.bench.harness import Contestant, Figures, Options, Report, compete, joined, measured
-from sam import prompts
+from sam import grammar, prompts
 from sam.base import Base, BaseSpec, load
 from sam.decoding import DecodeSpec
 from sam.decoding.greedy import Answer, decode_prompts
@@ -43,7 +43,8 @@ Asked = tuple[tuple[str, ...], Sentence]
 def run(options: Options) -> Report:
     """A scouting case with every setting of the peer, then each of our modes against the best setting it has to meet.
 
-    ``exact`` meets fp32 ``generate`` at its best batch size, ``fast`` the best of all settings.
+    ``exact`` meets fp32 ``generate`` at its best batch size, ``fast`` the best of all settings; ``constrained``, which
+    asks for another answer, has ``fast`` beside it.
     """
     config = compose("experts=shipped")
     asked, source = sample(24 if options.quick else SENTENCES)
@@ -77,6 +78,14 @@ def run(options: Options) -> Report:
             Contestant(name, _rated(peer, len(parts))),
         ]
         reports.append(compete(everyone, options.rounds, RATE, True, case=f"{mode}, {len(parts)} sentences"))
+    held = [
+        Contestant(name, _rated(_keeping(work, answers, name), len(parts)), ours=name == "sam constrained")
+        for name, work in {
+            "sam constrained": _ours(base, "fast", parts, modules, asked),
+            "sam fast": _ours(base, "fast", parts, modules),
+        }.items()
+    ]
+    reports.append(compete(held, options.rounds, RATE, True, case=f"constrained, {len(parts)} sentences"))
     return joined(reports, {"sentences": source, **agreement(answers, asked)})
 
 
@@ -105,13 +114,16 @@ def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[
     return notes
 
 
-def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any]) -> Work:
+def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any], held: Sequence[Asked] | None = None) -> Work:
+    """``held``: what is asked, where only answers to it can be written (``decode=constrained``)."""
     weights = PackedWeights(base.model, mode)
+    spec = DecodeSpec(max_new_tokens=LIMIT, mode=mode, constrained=held is not None)
 
     def work() -> list[Answer]:
         with weights:
             weights.apply(modules())
-            return decode_prompts(base, parts, DecodeSpec(max_new_tokens=LIMIT, mode=mode))
+            automata = grammar.automata((types, s.text) for types, s in held) if held else None
+            return decode_prompts(base, parts, spec, automata=automata)
 
     return work
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 FIRST = "python run.py, first answers kept"
 GOALS = {"python run.py --help": 1.5, "import sam": 0.3, FIRST: 15.0}
 """Seconds, for the medians."""
+PATIENCE = 600
+"""Seconds after which a job without answers is given up."""
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
 
 
@@ -79,6 +81,8 @@ def first_answers() -> Figures:
                 while not any_kept(cache / "answers.sqlite"):
                     if job.poll() is not None:
                         raise SamError(f"`{' '.join(command[1:])}` ended (status {job.returncode}) with no answer kept")
+                    if time.perf_counter() - start > PATIENCE:
+                        raise SamError(f"`{' '.join(command[1:])}` kept no answer in {PATIENCE} s")
                     time.sleep(0.02)
                 return {"seconds": time.perf_counter() - start}
             finally:
@@ -88,7 +92,7 @@ def first_answers() -> Figures:
 def any_kept(path: Path) -> bool:
     """Whether the store at ``path`` exists and holds an answer."""
     try:
-        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     except sqlite3.OperationalError:  # not there yet
         return False
     try:

@@ -33,9 +33,9 @@ class PackedWeights(MergedWeights):
         self._head = cast(Any, model).get_output_embeddings()
         self._half = mode == "fast" and halves()
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
-        self._unmerged: dict[nn.Module, list[Linear]] = {}  # by first layer: what no expert touches, packed once
-        self._packed: list[nn.Module] = []
-        self._team: dict[nn.Module, list[nn.Module]] = {}  # packable layer -> all that are multiplied with it
+        self._unmerged: dict[tuple[nn.Module, ...], list[Linear]] = {}  # teams that no expert touches, packed once
+        self._packed: dict[nn.Module, None] = {}
+        self._team: dict[nn.Module, tuple[nn.Module, ...]] = {}  # packable layer -> all that are multiplied with it
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`MergedWeights.apply`; no module at all gives the base model itself, packed."""
@@ -50,23 +50,31 @@ class PackedWeights(MergedWeights):
             raise
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
-        if module not in self._team:
+        team = self._team.get(module)
+        if team is None:
             super()._set(module, weight, merged)
             return
+        for other in [layer for layer in self._merged if layer not in team]:  # what it waits for has no expert
+            if other in self._merged:
+                self._pack(self._team[other])
         self._merged[module] = merged.to(self._dtype(module))
-        if all(layer in self._merged for layer in self._team[module]):
-            self._pack(self._team[module])
+        if team[0] in self._packed:  # late: the others go on with their parts
+            self._pack((module,))
+        elif all(layer in self._merged for layer in team):
+            self._pack(team)
 
-    def _teams(self) -> Iterator[list[nn.Module]]:
+    def _teams(self) -> Iterator[tuple[nn.Module, ...]]:
         """All layers that can be packed, those that are multiplied as one together."""
+        seen: set[nn.Module] = set()
         for parent in self.model.modules():
-            layers = {name: layer for name, layer in parent.named_children() if self._can_pack(layer)}
+            layers = {n: child for n, child in parent.named_children() if child not in seen and self._can_pack(child)}
+            seen.update(layers.values())
             for names in SIBLINGS:
                 found = [cast(Any, layers[name]) for name in names if name in layers]
                 kinds = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in found}
-                if len(found) == len(names) and len(kinds) == 1:
-                    yield [layers.pop(name) for name in names]
-            yield from ([layer] for layer in layers.values())
+                if len(set(found)) == len(names) and len(kinds) == 1:
+                    yield tuple(layers.pop(name) for name in names)
+            yield from ((layer,) for layer in dict.fromkeys(layers.values()))
 
     def _can_pack(self, module: nn.Module) -> bool:
         """Whether it is a plain linear layer, with no ``forward`` of somebody else's, of a kind that oneDNN packs."""
@@ -78,21 +86,22 @@ class PackedWeights(MergedWeights):
         dtype = cast(Tensor, module.weight).dtype
         return torch.bfloat16 if self._half and module is not self._head and dtype == torch.float32 else dtype
 
-    def _pack(self, team: list[nn.Module]) -> None:
+    def _pack(self, team: tuple[nn.Module, ...]) -> None:
         """Let the layers of ``team`` work with their merged weights, or their own where no expert touches them."""
         merged = [self._merged.pop(layer, None) for layer in team]
-        forwards = None if any(weight is not None for weight in merged) else self._unmerged.get(team[0])
+        untouched = all(weight is None for weight in merged)
+        forwards = self._unmerged.get(team) if untouched else None
         if forwards is None:
             weights = [
                 cast(Tensor, layer.weight).detach().to(self._dtype(layer)) if weight is None else weight
                 for layer, weight in zip(team, merged, strict=True)
             ]
             forwards = _forwards(weights, [cast(Any, layer).bias for layer in team])
-            if all(weight is None for weight in merged):
-                self._unmerged[team[0]] = forwards
+            if untouched:
+                self._unmerged[team] = forwards
         for layer, forward in zip(team, forwards, strict=True):
             layer.forward = forward  # type: ignore[method-assign]
-            self._packed.append(layer)
+            self._packed[layer] = None
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -117,7 +126,10 @@ def halves() -> bool:
 
 
 class _Together:
-    """Layers of one input, multiplied as one when the first of them is asked; each takes its own part of the result."""
+    """Layers of one input, multiplied as one when the first of them is asked; each takes its own part of the result.
+
+    The input must not be changed in place before all have: decoders call them one after the other on one tensor.
+    """
 
     def __init__(self, linear: Linear, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes

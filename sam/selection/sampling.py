@@ -5,6 +5,7 @@ Source: the paper, section 3.2 (10 sampled instances, ensemble pseudo-labels, F1
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -13,6 +14,8 @@ from sam.ner import Pair, Prediction
 from sam.scoring import pair_f1
 from sam.seeding import rng
 from sam.selection.types import Ranking
+
+log = logging.getLogger(__name__)
 
 Ask = Callable[[str, Sequence[str]], list[Prediction]]
 """``ask(expert, texts)``: what one expert finds in each text."""
@@ -32,7 +35,8 @@ def rank(texts: Sequence[str], ids: Sequence[int], names: Sequence[str], ask: As
     """Rank experts ``names`` by micro-F1 of their pairs against the majority's on the sentences ``ids``.
 
     A pair is a pseudo-label if more than half of the experts answered it. Where no pair of any sentence is, experts
-    are ranked by their mean pairwise F1 with the others, and ``details["by"]`` says so.
+    are ranked by their mean pairwise F1 with the others, and ``details["by"]`` says so. Where that is 0 for all, the
+    order is that of ``names``, with a warning.
     """
     sample = [texts[i] for i in ids]
     pairs = {name: [frozenset(p.pairs) for p in ask(name, sample)] for name in names}
@@ -40,6 +44,13 @@ def rank(texts: Sequence[str], ids: Sequence[int], names: Sequence[str], ask: As
     pseudo = [frozenset(p for p, n in count.items() if 2 * n > len(names)) for count in votes]
     found = any(pseudo)
     scores = {n: pair_f1(pseudo, pairs[n]) for n in names} if found else agreement(pairs)
+    if len(names) > 1 and not any(scores.values()):
+        log.warning(
+            "sampling: no two of %s agree on a mention in the %d sampled sentences, so their order says nothing; "
+            "raise sample_size",
+            ", ".join(names),
+            len(sample),
+        )
     details = {
         "by": "f1 against majority pseudo-labels" if found else "mean pairwise agreement (no mention has a majority)",
         "sampled": list(ids),

@@ -84,6 +84,10 @@ def _each(query: Query) -> dict[str, Selection]:
     return {name: Selection("each", (name,), {}) for name in query.names}
 
 
+def _all_each(query: Query) -> dict[str, Selection]:
+    return {**_all(query), **_each(query)}
+
+
 def _named(query: Query) -> dict[str, Selection]:
     return {"named": Selection("named", tuple(query.experts), {})}
 
@@ -111,6 +115,7 @@ SELECTORS: dict[str, Selector] = {
     "random": Selector(_random),
     "all": Selector(_all, uses_k=False),
     "each": Selector(_each, uses_k=False),
+    "all_each": Selector(_all_each, uses_k=False),
     "named": Selector(_named, uses_k=False),
     "oracle": Selector(_oracle, uses_gold=True),
 }

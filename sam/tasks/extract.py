@@ -75,6 +75,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
     check(selector, config["k"], config["sample_size"], names, pool, experts)
     if merge.weights is not None:
+        if selector == "all_each":
+            raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
         chosen = {"named": len(experts), "all": len(names), "each": 1}.get(selector, config["k"])
         if len(merge.weights) != chosen:
             raise SamError(f"merge.weights has {len(merge.weights)} values for {chosen} experts; give one an expert")

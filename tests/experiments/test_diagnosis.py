@@ -31,6 +31,7 @@ def _close_figures() -> Iterator[None]:
 
 def write_own(root: Path, selector: str, models: dict[str, float], combined: float, domains: Any = DOMAINS) -> None:
     target = {
+        "n": 60,
         "models": {name: {"experts": [name], "scores": {"f1": f1}} for name, f1 in models.items()},
         "combined": {"scores": {"f1": combined}},
     }
@@ -83,7 +84,10 @@ def test_files_are_the_same_again(own: Path, table: Path, tmp_path: Path) -> Non
     for name in "ab":
         assert main([str(table), str(own), "--out", str(tmp_path / name)]) == 0
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == [f"diagnosis_{name}.svg" for name in ("experts", "merge", "selection", "union")]
+    assert files == [f"diagnosis_{n}.svg" for n in ("experts", "merge", "selection", "union")] + ["own_data.csv"]
+    head, *rows = (tmp_path / "a" / "own_data.csv").read_text().splitlines()
+    assert head.startswith("F1 (%) of,") and head.endswith(",mean,sentences a set,commit")
+    assert len(rows) == len(own_data(own))
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
 
 

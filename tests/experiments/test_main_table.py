@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import lzma
 import shutil
@@ -38,6 +39,10 @@ def write_run(
         combined = list(models.values())[-1]
         targets[target] = {
             "labels_used_for_selection": name == "oracle",
+            "selections": {
+                m: {"experts": experts or [m], "scores": {m: 0.5}, "details": {"by": "votes", "pseudo_labels": 2}}
+                for m in models
+            },
             "models": {
                 m: {
                     "experts": experts or [m],
@@ -62,9 +67,10 @@ def write_run(
                     "combined": {"pairs": PAIRS[:combined] + extra, "mentions": []},
                 }
             )
-    config = {"selector": {"name": name}, "k": 3, "seed": seed, "base": {"name": "tiny"}}
+    rule = more.get("rule", "union")
+    config = {"selector": {"name": name}, "combine": {"rule": rule}, "k": 3, "seed": seed, "base": {"name": "tiny"}}
     result = {"schema": 1, "config": config, "git_commit": "c0ffee", "targets": targets, "overrides": []}
-    folder = root / f"{name}-{'-'.join(experts or [])}{seed}"
+    folder = root / f"{name}-{'-'.join(experts or [])}{'' if rule == 'union' else rule}{seed}"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -74,6 +80,10 @@ def scores(n: int) -> dict[str, Any]:
     f1 = 2 * n / (n + 3)
     counts = {"n": 2, "predicted": 2 * n, "unparsable": 1, "not_in_sentence": 0}
     return {"precision": 1.0, "recall": n / 3, "f1": f1, "span_f1": f1, **counts}
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -88,6 +98,7 @@ def sweep(tmp_path: Path) -> Path:
     write_run(root, "named", {"a": {"named": 1}, "b": {"named": 2}}, experts=["unified"])
     write_run(root, "named", {"a": {"named": 1}, "b": {"named": 1}}, experts=["unified_small"])
     write_run(root, "each", {"a": {"news": 1, "stem": 3}, "b": {"news": 2, "stem": 1}})
+    write_run(root, "each", {"a": {"news": 1, "stem": 2}, "b": {"news": 2, "stem": 1}}, rule="vote")
     write_run(root, "random", {"a": {"random": 1}, "b": {"random": 1}}, seed=0)
     write_run(root, "random", {"a": {"random": 3}, "b": {"random": 3}}, seed=1)
     write_run(root, "sam", {"a": {"domain": 1, "sampling": 3}, "b": {"domain": 1, "sampling": 2}})
@@ -99,7 +110,7 @@ def test_rows_and_their_figures(sweep: Path) -> None:
     found = compare(sweep)
     assert list(found.rows) == [
         *("unified", "unified, one expert's budget", "expert news", "expert stem", "experts, mean", "experts, best"),
-        *("experts, union of all", "random 3", "SaM", "top k by gold F1"),
+        *("experts, union of all", "experts, two votes", "random 3", "SaM", "top k by gold F1"),
     ]
 
     def f1(row: str, target: str) -> float:
@@ -124,12 +135,19 @@ def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: p
     out = tmp_path / "out"
     assert main([str(sweep), "--out", str(out)]) == 0 and "main_table.md" in capsys.readouterr().out
     lines = [json.loads(x) for x in lzma.decompress((out / "predictions" / "sam-0.jsonl.xz").read_bytes()).splitlines()]
-    assert lines[0]["combined"] == [["person", 0, 3], ["person", 8, 11], ["place", 15, 19], ["place", "Nowhere"]]
+    assert lines[0]["combined"] == [
+        ["person", 0, 3],
+        ["person", 8, 11],
+        ["place", 15, 19],
+        ["place", hashed("Nowhere")],
+    ]
     assert lines[0]["models"]["domain"]["pairs"] == [["person", 0, 3]] and lines[0]["id"] == "s/0"
     everything = b"".join(
         lzma.decompress(p.read_bytes()) if p.suffix == ".xz" else p.read_bytes() for p in out.rglob("*.*")
     )
     assert b"Ada" not in everything and b"met" not in everything.replace(b"method", b"")
+    assert b"Nowhere" not in everything  # what a model made up may be the sentence, altered
+    assert "sam-0,a,sampling,sampling,sampling 0.500,votes,2\n" in (out / "selections.csv").read_text()
     with (out / "main_table.csv").open() as file:
         records = list(csv.DictReader(file))
     (ours,) = (r for r in records if (r["system"], r["target"]) == ("SaM", "a"))
@@ -214,4 +232,13 @@ def test_a_pair_is_placed_as_spans_are(tmp_path: Path) -> None:
     path.write_text(json.dumps(line) + "\n")
     (job,) = load_jobs(tmp_path)
     (found,) = textless(job)
-    assert found["combined"] == [["pet", 12, 15], ["meal", 12, 21], ["x", "dog"]]
+    assert found["combined"] == [["pet", 12, 15], ["meal", 12, 21], ["x", hashed("dog")]]
+
+
+def test_predictions_that_no_seed_changes_are_kept_once(sweep: Path, tmp_path: Path) -> None:
+    write_run(sweep, "sam", {"a": {"domain": 1, "sampling": 3}, "b": {"domain": 1, "sampling": 2}}, seed=1)
+    assert main([str(sweep), "--out", str(tmp_path / "out")]) == 0
+    kept = json.loads((tmp_path / "out" / "main_table.json").read_text())["predictions"]
+    assert kept["sam-0"] == kept["sam-1"] == "predictions/sam-0.jsonl.xz"
+    assert all((tmp_path / "out" / path).is_file() for path in kept.values())
+    assert len(list((tmp_path / "out" / "predictions").iterdir())) == len(set(kept.values())) < len(kept)

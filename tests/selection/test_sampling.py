@@ -74,6 +74,17 @@ def test_without_a_majority_experts_are_ranked_by_pairwise_agreement() -> None:
     assert ranking.experts == ("w", "x", "z", "y")
 
 
+def test_an_order_that_says_nothing_comes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    silent: dict[str, list[list[Pair]]] = {"x": [[A], []], "y": [[], []]}
+    assert rank(["one", "two"], [0, 1], list(silent), answers(silent)).experts == ("x", "y")
+    assert "no two of x, y agree on a mention in the 2 sampled sentences" in caplog.text
+    caplog.clear()
+    alike = {"x": [[A], []], "y": [[A], []]}
+    rank(["one", "two"], [0, 1], list(alike), answers(alike))
+    rank(["one", "two"], [0, 1], ["y"], answers(silent))
+    assert not caplog.text
+
+
 def test_agreement_by_hand_and_of_a_single_expert() -> None:
     pairs = {"x": [frozenset({A, B})], "y": [frozenset({A})], "z": [frozenset({A})]}
     two_thirds = 2 * 1 / 3

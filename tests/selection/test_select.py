@@ -146,6 +146,8 @@ def test_all_and_named_take_what_they_are_given(query: MakeQuery) -> None:
     assert select("all", query(silent, Unused(), k=1))["all"].experts == NAMES
     each = select("each", query(silent, Unused(), k=1))
     assert {name: selection.experts for name, selection in each.items()} == {name: (name,) for name in NAMES}
+    both = select("all_each", query(silent, Unused(), k=1))
+    assert {name: s.experts for name, s in both.items()} == {"all": NAMES} | {name: (name,) for name in NAMES}
     named = select("named", query(silent, Unused(), k=1, experts=("cat", "ant")))
     assert named["named"].experts == ("cat", "ant")
 
