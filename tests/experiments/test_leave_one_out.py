@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def test_means_are_over_datasets_then_domains_and_the_best_comes_first() -> None
 def test_incomplete_sweeps_are_refused(jobs: list[Job], message: str) -> None:
     with pytest.raises(SamError, match=message):
         build(jobs)
+
+
+def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for domain, f1 in (("news", 0.25), ("legal", 0.5)):
+        config = {"experts": {"exclude": [domain]}, "merge": {"name": "ties"}}
+        targets = {domain: {"models": {}, "combined": {"scores": {"n": 24, "f1": f1}}}}
+        folder = tmp_path / "sweep" / domain
+        folder.mkdir(parents=True)
+        result = {"schema": 1, "config": config, "git_commit": "c0ffee", "targets": targets, "overrides": []}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "| ties | 50.0 | 25.0 | 37.5 |" in shown and shown == (tmp_path / "out" / "table.md").read_text()
+    assert "ties,50.0000,25.0000,37.5000" in (tmp_path / "out" / "table.csv").read_text()
+    assert "37.5" in (tmp_path / "out" / "table.tex").read_text()
 
 
 def test_no_sweep_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
