@@ -172,6 +172,12 @@ def label(value: Any) -> str:
     return ", ".join(map(label, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def short_commit(commit: str) -> str:
+    """The first ten digits, with ``+dirty`` kept: such a commit alone does not give these numbers."""
+    digits, plus, rest = commit.partition("+")
+    return f"{digits[:10]}{plus}{rest}"
+
+
 def natural_key(text: str) -> list[tuple[int, float, str]]:
     """A sort key that puts 2 before 10 and 0.05 before 0.2, also inside words, and numbers before words."""
     try:

@@ -104,9 +104,9 @@ def plot_precision_recall(
     return figure
 
 
-def draw(table: Path, own: Path) -> dict[str, Figure]:
-    """The four figures by the question that each answers."""
-    sources, targets = own_data(own), targets_of(table)
+def draw(table: Path, sources: Bars) -> dict[str, Figure]:
+    """The four figures by the question that each answers; ``sources``: of :func:`own_data`."""
+    targets = targets_of(table)
     merges = [name for name in ("top k by domain", "top k by gold F1 †", "all merged") if name in sources]
     picks = [
         n for n in targets if n.startswith("random") or n in ("experts, best †", "top k by gold F1 †", "all merged")
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     plt.rcParams["svg.hashsalt"] = "sam"  # the same figure is the same file
     try:
-        figures, sources = draw(args.table, args.own), own_data(args.own)
+        sources = own_data(args.own)
+        figures = draw(args.table, sources)
     except (SamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

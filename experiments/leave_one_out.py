@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import render
-from experiments.collect import COMBINED, MEAN, Job, label, load_finished, natural_key, score, target_names
+from experiments.collect import (
+    COMBINED,
+    MEAN,
+    Job,
+    label,
+    load_finished,
+    natural_key,
+    score,
+    short_commit,
+    target_names,
+)
 from experiments.render import Cell, Key, Table
 from sam.errors import SamError
 from sam.results import RIM
@@ -81,7 +91,7 @@ def _f1(job: Job) -> float:
 
 def _caption(jobs: Sequence[Job], domains: Sequence[str]) -> str:
     sizes = {job.targets[t]["combined"]["scores"]["n"] for job in jobs for t in job.targets}
-    commits = sorted({job.git_commit[:10] for job in jobs})
+    commits = sorted({short_commit(job.git_commit) for job in jobs})
     return (
         f"F1 (%) on {len(target_names(jobs))} datasets of {len(domains)} source domains, "
         f"each with its own expert left out, at most {max(sizes)} sentences a dataset; mean: of domains; "

@@ -26,6 +26,7 @@ from experiments.collect import (
     model_names,
     natural_key,
     score,
+    short_commit,
     target_names,
     uses_labels,
 )
@@ -264,7 +265,7 @@ def _caption(jobs: Sequence[Job], spec: Spec, values: int) -> str:
         _targets_text(spec, names),
         f"{_one(_sentences(job, names) for job in done)} sentences",
         *(f"{word} {_one(label(job.config.get(f'{word}.name')) for job in done)}" for word in ("base", "selector")),
-        f"commit {_one(_short_commit(job.git_commit) for job in done)}",
+        f"commit {_one(short_commit(job.git_commit) for job in done)}",
         f"result schema {SCHEMA}",
     ]
     if values > 1:
@@ -281,12 +282,6 @@ def _targets_text(spec: Spec, names: Sequence[str]) -> str:
 
 def _sentences(job: Job, targets: Iterable[str]) -> int:
     return sum(job.targets[name]["combined"]["scores"]["n"] for name in targets if name in job.targets)
-
-
-def _short_commit(commit: str) -> str:
-    """The first ten digits, with ``+dirty`` kept: such a commit alone does not give these numbers."""
-    digits, plus, rest = commit.partition("+")
-    return f"{digits[:10]}{plus}{rest}"
 
 
 def _varying(jobs: Sequence[Job]) -> list[str]:

@@ -70,7 +70,7 @@ def test_own_data_takes_each_domains_own_expert(own: Path) -> None:
 
 
 def test_figures_hold_the_numbers(own: Path, table: Path) -> None:
-    figures: Any = draw(table, own)
+    figures: Any = draw(table, own_data(own))
     assert list(figures) == ["experts", "merge", "selection", "union"]
     bars = figures["experts"].axes[0].containers
     assert [[bar.get_height() for bar in series] for series in bars] == [[50.0] * 3, [60.0, 40.0, 50.0]]
