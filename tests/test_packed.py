@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -184,9 +185,9 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(
     made: list[int] = []
     real = packed._packed
 
-    def counted(weight: Tensor, bias: Tensor | None) -> packed.Linear:
+    def counted(weight: Tensor, *rest: Any) -> packed.Linear:
         made.append(len(weight))
-        return real(weight, bias)
+        return real(weight, *rest)
 
     monkeypatch.setattr(packed, "_packed", counted)
     attention = smollm.model.get_submodule("model.layers.3.self_attn")
@@ -196,7 +197,27 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(
         weights.apply([])
         assert made[1:5] == [576 + 192 + 192, 576, 2 * 1536, 576]  # after the head
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
-            assert torch.equal(layer(x), real(layer.weight.to(dtype), None)(x))
+            assert torch.equal(layer(x).float(), real(layer.weight.to(dtype), None)(x))
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
+def test_layers_of_one_input_are_packed_once_whatever_comes_between(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters hold their modules by name: k, o, q, v."""
+    made: list[int] = []
+    real = packed._packed
+
+    def counted(weight: Tensor, *rest: Any) -> packed.Linear:
+        made.append(len(weight))
+        return real(weight, *rest)
+
+    monkeypatch.setattr(packed, "_packed", counted)
+    names = [name for name, m in tiny.model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    with PackedWeights(tiny.model, "exact") as weights:
+        weights.apply((name, torch.zeros_like(tiny.model.get_submodule(name).weight)) for name in sorted(names))
+    layers = len(tiny.model.model.layers)
+    assert len(made) == 4 * layers + 1  # qkv, o, gate and up, down; and the head
 
 
 @pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
@@ -215,6 +236,23 @@ def test_few_merged_weights_wait_at_a_time(tiny: Base) -> None:
         weights.apply(stream())
         assert not weights._merged
     assert len(waiting) >= 4 and max(waiting) == 2
+
+
+@pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
+def test_results_stay_in_bf16_only_within_a_block_that_is_packed_whole(tiny: Base) -> None:
+    """What is not packed gets the model's own precision, so that it works with its own weights."""
+    attention, mlp = (tiny.model.get_submodule(f"model.layers.0.{name}") for name in ("self_attn", "mlp"))
+    x = torch.randn(3, 64)
+    attention.o_proj.forward = type(attention.o_proj).forward.__get__(attention.o_proj)
+    try:
+        with PackedWeights(tiny.model, "fast") as weights:
+            weights.apply([])
+            assert {layer(x).dtype for layer in (attention.q_proj, attention.v_proj)} == {torch.float32}
+            assert {layer(x).dtype for layer in (mlp.gate_proj, mlp.up_proj)} == {torch.bfloat16}
+            assert mlp(x).dtype == torch.bfloat16 and tiny.model.lm_head(x).dtype == torch.float32
+            assert logits(tiny.model).dtype == torch.float32
+    finally:
+        del attention.o_proj.forward
 
 
 def test_a_layer_that_becomes_somebody_elses_leaves_its_team(tiny: Base) -> None:

@@ -1,9 +1,10 @@
 """Linear layers in the form that the processor multiplies fastest, for the time of decoding.
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
-plain layout. ``fast`` multiplies in bf16 where the processor does so itself; all else, the output layer included, stays
-in fp32. Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way a token's result is the
-same to the bit whatever else is in the batch.
+plain layout. ``fast`` multiplies in bf16 where the processor does so itself, and what lies between the products of one
+block stays in it, keys and values too; the sum over the layers, the norms and the output layer stay in fp32. Layers
+that read the same input (q, k, v; gate, up) are multiplied as one. Either way a token's result is the same to the bit
+whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from sam.base import SIBLINGS, multiplies_bf16
 from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
+
+BLOCKS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"})
+"""The linear layers of transformers' attention and feed-forward blocks."""
 
 
 class PackedWeights(MergedWeights):
@@ -36,10 +40,15 @@ class PackedWeights(MergedWeights):
         self._unmerged: dict[tuple[nn.Module, ...], list[Linear]] = {}  # teams that no expert touches, packed once
         self._packed: dict[nn.Module, None] = {}
         self._team: dict[nn.Module, tuple[nn.Module, ...]] = {}  # packable layer -> all that are multiplied with it
+        self._parent: dict[nn.Module, nn.Module] = {}  # packable layer -> the module that calls it
+        self._inner: set[nn.Module] = set()  # layers whose results may stay as they were multiplied
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`MergedWeights.apply`; no module at all gives the base model itself, packed."""
-        self._team = {layer: team for team in self._teams() for layer in team}
+        teams = list(self._teams())
+        self._team = {layer: team for _, team in teams for layer in team}
+        self._parent = {layer: parent for parent, team in teams for layer in team}
+        self._inner = set(self._blocks())
         super().apply(modules)
         try:
             for layer, team in self._team.items():
@@ -54,7 +63,8 @@ class PackedWeights(MergedWeights):
         if team is None:
             super()._set(module, weight, merged)
             return
-        for other in [layer for layer in self._merged if layer not in team]:  # what it waits for has no expert
+        # A stream may have o between k and q; but from another parent on, what one waits for has no expert.
+        for other in [layer for layer in self._merged if self._parent[layer] is not self._parent[module]]:
             if other in self._merged:
                 self._pack(self._team[other])
         self._merged[module] = merged.to(self._dtype(module))
@@ -63,8 +73,8 @@ class PackedWeights(MergedWeights):
         elif all(layer in self._merged for layer in team):
             self._pack(team)
 
-    def _teams(self) -> Iterator[tuple[nn.Module, ...]]:
-        """All layers that can be packed, those that are multiplied as one together."""
+    def _teams(self) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
+        """(parent, layers) of all layers that can be packed, those that are multiplied as one together."""
         seen: set[nn.Module] = set()
         for parent in self.model.modules():
             layers = {n: child for n, child in parent.named_children() if child not in seen and self._can_pack(child)}
@@ -73,8 +83,16 @@ class PackedWeights(MergedWeights):
                 found = [cast(Any, layers[name]) for name in names if name in layers]
                 kinds = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in found}
                 if len(set(found)) == len(names) and len(kinds) == 1:
-                    yield tuple(layers.pop(name) for name in names)
-            yield from ((layer,) for layer in dict.fromkeys(layers.values()))
+                    yield parent, tuple(layers.pop(name) for name in names)
+            yield from ((parent, (layer,)) for layer in dict.fromkeys(layers.values()))
+
+    def _blocks(self) -> Iterator[nn.Module]:
+        """The layers of attention and feed-forward blocks that are packed as a whole: what follows them there is a
+        packed layer, attention, or an addition in the model's precision."""
+        for parent in dict.fromkeys(self._parent.values()):
+            layers = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
+            if set(layers) in BLOCKS and all(child in self._team for child in layers.values()):
+                yield from layers.values()
 
     def _can_pack(self, module: nn.Module) -> bool:
         """Whether it is a plain linear layer, with no ``forward`` of somebody else's, of a kind that oneDNN packs."""
@@ -96,7 +114,8 @@ class PackedWeights(MergedWeights):
                 cast(Tensor, layer.weight).detach().to(self._dtype(layer)) if weight is None else weight
                 for layer, weight in zip(team, merged, strict=True)
             ]
-            forwards = _forwards(weights, [cast(Any, layer).bias for layer in team])
+            stays = all(layer in self._inner for layer in team)
+            forwards = _forwards(weights, [cast(Any, layer).bias for layer in team], stays)
             if untouched:
                 self._unmerged[team] = forwards
         for layer, forward in zip(team, forwards, strict=True):
@@ -146,22 +165,24 @@ class _Together:
         return found
 
 
-def _forwards(weights: list[Tensor], biases: list[Tensor | None]) -> list[Linear]:
+def _forwards(weights: list[Tensor], biases: list[Tensor | None], stays: bool) -> list[Linear]:
     """What computes each of the layers, which share their input."""
     offsets = [bias.detach() for bias in biases if bias is not None]
-    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None)
+    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None, stays)
     if len(weights) == 1:
         return [linear]
     together = _Together(linear, [len(weight) for weight in weights])
     return [partial(together.part, number) for number in range(len(weights))]
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> Linear:
+def _packed(weight: Tensor, bias: Tensor | None, stays: bool = False) -> Linear:
+    """``x -> x Wᵀ + b`` in the dtype of ``weight``; the result in that of ``x``, unless it ``stays`` as it is."""
     # The number is the tokens to expect; other numbers give the same result.
     dtype, packed = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
     offset = None if bias is None else bias.to(dtype)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, offset, "none", [], "").to(x.dtype)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, offset, "none", [], "")
+        return found if stays else found.to(x.dtype)
 
     return forward

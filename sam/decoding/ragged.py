@@ -33,7 +33,8 @@ _LAYERS = ("full_attention", "sliding_attention")
 
 
 class KeyValues:
-    """Keys and values by layer: [rows, heads, slots, dim], made as the first pass shows each layer's shape."""
+    """Keys [rows, heads, dim, slots] and values [rows, heads, slots, dim] by layer, made as the first pass shows each
+    layer's shape."""
 
     def __init__(self, rows: int, slots: int) -> None:
         self.rows, self.slots = rows, _up(slots, STRIDE)
@@ -42,21 +43,23 @@ class KeyValues:
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of layer ``index``; ``like`` [tokens, heads, dim] says what they hold."""
         if index not in self._layers:
-            shape = (self.rows, like.shape[1], self.slots, like.shape[2])
-            self._layers[index] = (_zeros(shape, like), _zeros(shape, like))
+            heads, dim = like.shape[1:]
+            keys = _zeros((self.rows, heads, dim, self.slots), like)
+            self._layers[index] = (keys, _zeros((self.rows, heads, self.slots, dim), like))
         return self._layers[index]
 
     def move(self, source: int, to: int, slots: int) -> None:
         """Copy the first ``slots`` of a row over another row."""
-        for kept in self._layers.values():
-            for tensor in kept:
-                tensor[to, :, :slots] = tensor[source, :, :slots]
+        for keys, values in self._layers.values():
+            keys[to, :, :, :slots] = keys[source, :, :, :slots]
+            values[to, :, :slots] = values[source, :, :slots]
 
     def copy_from(self, other: KeyValues, to: int, slots: int) -> None:
         """Copy the first ``slots`` of the first row of ``other`` into a row here."""
-        for index, kept in other._layers.items():
-            for mine, theirs in zip(self.layer(index, kept[0][:1, :, 0]), kept, strict=True):
-                mine[to, :, :slots] = theirs[0, :, :slots]
+        for index, (their_keys, their_values) in other._layers.items():
+            keys, values = self.layer(index, their_values[:1, :, 0])
+            keys[to, :, :, :slots] = their_keys[0, :, :, :slots]
+            values[to, :, :slots] = their_values[0, :, :slots]
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -82,11 +85,12 @@ class _Group:
     rows: Tensor | slice
     width: int
     slots: int  # how many are attended to
-    gather: Tensor  # [rows * width]: token of the pass at each padded place
-    at: Tensor  # the padded places that hold a token
-    tokens: Tensor  # the tokens that these are
+    tokens: Tensor  # of the pass, in the order of the next two
+    row: Tensor  # each token's row among ``rows``
+    at: Tensor  # and its place in it
     slot: Tensor  # [rows, width]: each query's own slot
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    asked: Tensor | None = None  # [rows, key heads, share, width, dim], zero in padded places
 
 
 class Pass:
@@ -95,47 +99,48 @@ class Pass:
     def __init__(self, cache: KeyValues, rows: Sequence[Row], share: int, device: str) -> None:
         """``rows``: those of the cache, from the first on; ``share``: query heads a key head has. The pass's tokens
         come row by row."""
-        self.cache = cache
+        self.cache, self.share = cache, share
         table = [(number, row.past + t) for number, row in enumerate(rows) for t in range(row.count)]
         self.rows, self.slots = torch.tensor(table, device=device).T.contiguous()
         self.spare = rounded(len(table)) - len(table)
         self.positions = torch.nn.functional.pad(self.slots, (0, self.spare)).unsqueeze(0)
         least = -(-LEAST // share)
         self.groups = [_group(rows, chosen, skip, width, least, device) for chosen, skip, width in _tiers(rows, least)]
-        order = torch.argsort(torch.cat([group.tokens for group in self.groups]))
-        self.order = torch.nn.functional.pad(order, (0, self.spare))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
-        """Keep the new keys and values, and attend: query [heads, tokens, dim] -> [tokens, heads, dim]."""
+        """Keep the new keys and values, and attend: query [heads, tokens, dim] -> [tokens, heads, dim].
+
+        All in the dtype of ``value``: rotated queries and keys may have gained precision that they came without.
+        """
         count = len(self.rows)
         key, value = key[:, :count].transpose(0, 1), value[:, :count].transpose(0, 1)
-        keys, values = self.cache.layer(layer, key)
-        keys[self.rows, :, self.slots] = key
+        keys, values = self.cache.layer(layer, value)
+        keys[self.rows, :, :, self.slots] = key.to(keys.dtype)
         values[self.rows, :, self.slots] = value
-        query = query.transpose(0, 1) * scale
-        found = []
+        # Query heads that share a key head stand as further queries of it: no key is copied for them.
+        query = (query[:, :count].transpose(0, 1) * scale).to(keys.dtype).unflatten(1, (-1, self.share))
+        found = query.new_zeros(count + self.spare, *query.shape[1:3], values.shape[-1])
         for group in self.groups:
-            # Query heads that share a key head stand as further queries of it: no key is copied for them.
-            asked = query[group.gather].view(len(group.slot), group.width, keys.shape[1], -1, query.shape[-1])
-            asked = asked.permute(0, 2, 3, 1, 4).flatten(2, 3)
-            own = (keys[group.rows, :, : group.slots], values[group.rows, :, : group.slots])
-            out = self._mix(group, asked, own, window, cap)
-            out = out.view(len(group.slot), query.shape[1], group.width, -1).transpose(1, 2).flatten(0, 1)
-            found.append(out[group.at])
-        return torch.cat(found)[self.order]
+            shape = (len(group.slot), *query.shape[1:3], group.width, query.shape[-1])
+            if group.asked is None or group.asked.shape != shape:
+                group.asked = query.new_zeros(shape)
+            group.asked[group.row, :, :, group.at] = query[group.tokens]
+            own = (keys[group.rows, ..., : group.slots], values[group.rows, :, : group.slots])
+            out = self._mix(group, group.asked.flatten(2, 3), own, window, cap)
+            found[group.tokens] = out.unflatten(2, (-1, group.width))[group.row, :, :, group.at]
+        return found.flatten(1, 2)
 
     def _mix(
         self, group: _Group, asked: Tensor, own: tuple[Tensor, Tensor], window: int | None, cap: float | None
     ) -> Tensor:
         """Attention of ``asked`` [rows, key heads, queries, dim] to the rows' own slots."""
-        scores = torch.matmul(asked, own[0].transpose(2, 3))
+        scores = torch.matmul(asked, own[0]).float()
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
         scores.view(len(asked), -1, group.width, group.slots).add_(self._mask(group, window))
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(asked.dtype)
-        return _weighted(weights, own[1])
+        return _weighted(torch.softmax(scores, -1).to(asked.dtype), own[1])
 
     def _mask(self, group: _Group, window: int | None) -> Tensor:
         """Minus infinity where a query must not look, else 0: [rows, 1, width, slots]."""
@@ -151,6 +156,8 @@ class Pass:
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """[..., queries, slots] times [..., slots, dim], summed in an order that more slots of weight 0 do not change."""
+    if weights.dtype != torch.float32:  # oneDNN sums bf16 products slot by slot
+        return torch.matmul(weights, values)
     out = torch.matmul(weights[..., :CHUNK], values[..., :CHUNK, :])
     for start in range(CHUNK, values.shape[-2], CHUNK):
         out += torch.matmul(weights[..., start : start + CHUNK], values[..., start : start + CHUNK, :])
@@ -175,23 +182,22 @@ def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, in
 
 def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, device: str) -> _Group:
     starts = np.cumsum([0, *(row.count for row in rows)])
-    gather, at, tokens = [], [], []
-    for place, number in enumerate(chosen):
-        count = min(rows[number].count - skip, width)
-        first = int(starts[number]) + skip
-        # A padded place repeats the row's last token; what it finds is not read.
-        gather += [first + min(t, count - 1) for t in range(max(width, least))]
-        at += [place * max(width, least) + t for t in range(count)]
-        tokens += [first + t for t in range(count)]
+    counts = [min(rows[number].count - skip, width) for number in chosen]
+    table = [
+        (int(starts[number]) + skip + t, place, t)
+        for place, (number, count) in enumerate(zip(chosen, counts, strict=True))
+        for t in range(count)
+    ]
+    tokens, row, at = torch.tensor(table, device=device).T.contiguous()
     width = max(width, least)
     slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
     return _Group(
         rows=slice(0, len(rows)) if len(chosen) == len(rows) else torch.tensor(chosen, device=device),
         width=width,
         slots=_up(max(rows[n].past + min(rows[n].count, skip + width) for n in chosen), STRIDE),
-        gather=torch.tensor(gather, device=device),
-        at=torch.tensor(at, device=device),
-        tokens=torch.tensor(tokens, device=device),
+        tokens=tokens,
+        row=row,
+        at=at,
         slot=slot + torch.arange(width, device=device),
     )
 
