@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 
 from experiments.collect import COMBINED, MEAN, load_finished, score
 from experiments.figures import COLOURS, MARKERS
+from experiments.render import records_csv
 from sam.errors import SamError
+from sam.results import write_text
 
 OWN = "the domain's own expert"
 Bars = dict[str, dict[str, float]]
@@ -144,14 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.savefig(args.out / f"diagnosis_{name}.svg", metadata={"Date": None})
         print(args.out / f"diagnosis_{name}.svg")
     jobs = load_finished(args.own)
-    stamp = [
-        "+".join(sorted({str(t["n"]) for job in jobs for t in job.targets.values()})),
-        "+".join(sorted({job.git_commit for job in jobs})),
+    stamp = {
+        "sentences a set": "+".join(sorted({str(t["n"]) for job in jobs for t in job.targets.values()})),
+        "commit": "+".join(sorted({job.git_commit for job in jobs})),
+    }
+    lines = [
+        {"F1 (%) of": name, **{source: f"{f1:.2f}" for source, f1 in row.items()}, **stamp}
+        for name, row in sources.items()
     ]
-    with (args.out / "own_data.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["F1 (%) of", *next(iter(sources.values())), "sentences a set", "commit"])
-        writer.writerows([name, *(f"{f1:.2f}" for f1 in row.values()), *stamp] for name, row in sources.items())
+    write_text(args.out / "own_data.csv", records_csv(lines))
     print(args.out / "own_data.csv")
     return 0
 

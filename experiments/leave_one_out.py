@@ -25,7 +25,7 @@ from experiments.collect import (
 )
 from experiments.render import Cell, Key, Table
 from sam.errors import SamError
-from sam.results import RIM
+from sam.results import RIM, write_text
 
 DOMAIN = "experts.exclude"
 PLACE = ("target.", "experiment")
@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     out = args.out or args.folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(render.markdown(table, best=False), encoding="utf-8")
-    (out / "table.csv").write_text(render.csv_text([table]), encoding="utf-8")
-    (out / "table.tex").write_text(render.latex(table, best=False), encoding="utf-8")
-    print(render.markdown(table, best=False), end="")
+    texts = render.files([table], best=False)
+    for file, text in texts.values():
+        write_text(out / file, text)
+    print(texts["markdown"][1], end="")
     return 0
 
 

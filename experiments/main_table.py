@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import io
 import json
 import lzma
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from experiments import bootstrap
 from experiments.bootstrap import Interval
 from experiments.collect import MEAN, Job, read_predictions
 from experiments.comparison import BASELINE, METHOD, RATIOS, Comparison, Row, compare
-from experiments.render import escape
+from experiments.render import escape, records_csv
 from sam.errors import SamError
 from sam.prompts import align
 from sam.results import write_json, write_text
@@ -203,8 +202,8 @@ def write(folder: Path, out: Path) -> Comparison:
     comparison = compare(folder)
     found = records(comparison)
     rows = [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in record.items()} for record in found]
-    write_text(out / "main_table.csv", _csv(rows))
-    write_text(out / "selections.csv", _csv(list(selections(comparison))))
+    write_text(out / "main_table.csv", records_csv(rows))
+    write_text(out / "selections.csv", records_csv(list(selections(comparison))))
     write_text(out / "main_table.md", markdown(comparison))
     write_text(out / "main_table.tex", latex(comparison))
     files: dict[bytes, str] = {}  # a system that no seed changes is kept once
@@ -220,14 +219,6 @@ def write(folder: Path, out: Path) -> Comparison:
     head["predictions"] = kept
     write_json(out / "main_table.json", {**head, "records": [{k: _plain(v) for k, v in r.items()} for r in found]})
     return comparison
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def _plain(value: Any) -> Any:

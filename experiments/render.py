@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.collect import GROUP_LEAVES
@@ -142,6 +142,24 @@ def csv_text(tables: Sequence[Table]) -> str:
             lines.append([*line, *(["; ".join(used)] if daggers else [])])
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(lines)
+    return out.getvalue()
+
+
+def files(tables: Sequence[Table], best: bool = True) -> dict[str, tuple[str, str]]:
+    """Format -> (file name, text), the format of each file that tables are written to."""
+    return {
+        "markdown": ("table.md", "\n".join(markdown(table, best) for table in tables)),
+        "csv": ("table.csv", csv_text(tables)),
+        "latex": ("table.tex", "\n".join(latex(table, best) for table in tables)),
+    }
+
+
+def records_csv(records: Sequence[Mapping[str, object]]) -> str:
+    """Records of the same keys as CSV, a line each."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     return out.getvalue()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from experiments.collect import (
 )
 from experiments.render import Cell, Key, Table
 from sam.errors import SamError
-from sam.results import RIM, SCHEMA
+from sam.results import RIM, SCHEMA, write_text
 
 FRACTIONS = ("precision", "recall", "f1", "span_precision", "span_recall", "span_f1")
 """Scores stored from 0 to 1 and printed in percent; all others are counts."""
@@ -113,20 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         jobs = load_jobs(args.folder)
         tables = tables_per_target(jobs, spec) if args.per_target else [build_table(jobs, spec)]
-        texts: dict[str, tuple[str, Callable[[], str]]] = {
-            "markdown": ("table.md", lambda: "\n".join(render.markdown(table, args.best) for table in tables)),
-            "csv": ("table.csv", lambda: render.csv_text(tables)),
-            "latex": ("table.tex", lambda: "\n".join(render.latex(table, args.best) for table in tables)),
-        }
+        texts = render.files(tables, args.best)
         out = args.out or args.folder
         _make_folder(out)
         for name in texts if args.format == "all" else [args.format]:
             file, text = texts[name]
-            (out / file).write_text(text(), encoding="utf-8")
+            write_text(out / file, text)
     except SamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(texts["markdown"][1](), end="")
+    print(texts["markdown"][1], end="")
     return 0
 
 

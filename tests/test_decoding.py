@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    LagunaConfig,
+    LagunaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -274,6 +276,40 @@ def sliding(request: pytest.FixtureRequest, tiny: Base) -> Base:
 def test_sliding_window_answers_are_those_of_generate(sliding: Base, size: int) -> None:
     texts = [*TEXTS, "y", "Another", *TEXTS[:2]]
     assert decode(sliding, TYPES, texts, DecodeSpec(20, size)) == [oracle(sliding, t, 20) for t in texts]
+
+
+def test_a_packed_model_with_norms_between_its_products(sliding: Base) -> None:
+    """In bf16 where the processor has it: Gemma 3 norms queries, keys, and what a block gives."""
+    texts = [*TEXTS, "y", "Another"]
+    with PackedWeights(sliding.model, "fast") as weights:
+        weights.apply([])
+        alone = [decode(sliding, TYPES, [text], DecodeSpec(12, 1, "fast"))[0] for text in texts]
+        assert decode(sliding, TYPES, texts, DecodeSpec(12, 8, "fast")) == alone
+    assert len({answer.text for answer in alone}) > 1
+
+
+def test_layers_with_different_numbers_of_heads(tiny: Base) -> None:
+    torch.manual_seed(0)
+    config = LagunaConfig(
+        vocab_size=len(tiny.tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_attention_heads_per_layer=[4, 8],
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    base = numbers(tiny, model=LagunaForCausalLM(config).eval())
+    assert decode(base, TYPES, TEXTS[:6], DecodeSpec(12, 4)) == [oracle(base, t, 12) for t in TEXTS[:6]]
 
 
 def test_layers_of_other_kinds_are_refused(sliding: Base) -> None:

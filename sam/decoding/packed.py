@@ -2,9 +2,9 @@
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
 plain layout. ``fast`` multiplies in bf16 where the processor does so itself, and what lies between the products of one
-block stays in it, keys and values too; the sum over the layers, the norms and the output layer stay in fp32. Layers
-that read the same input (q, k, v; gate, up) are multiplied as one. Either way a token's result is the same to the bit
-whatever else is in the batch.
+block stays in it, keys and values too; the sum over the layers and the output layer stay in fp32. Layers that read the
+same input (q, k, v; gate, up) are multiplied as one. Either way a token's result is the same to the bit whatever else
+is in the batch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
 
-BLOCKS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"})
-"""The linear layers of transformers' attention and feed-forward blocks."""
+BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_proj", "down_proj"), strict=True)}
+"""The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
 
 class PackedWeights(MergedWeights):
     """As :class:`MergedWeights`, with all linear layers packed while a merge is applied; the base stays as it is.
 
+    In ``fast`` mode queries, keys and values may differ in dtype, which :func:`~sam.decoding.ragged.ragged` takes.
     Where there is no oneDNN (on a GPU), and for layers that are not ``nn.Linear``, merges are added in place.
     """
 
@@ -37,7 +38,8 @@ class PackedWeights(MergedWeights):
         self._head = cast(Any, model).get_output_embeddings()
         self._half = mode == "fast" and halves()
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
-        self._unmerged: dict[tuple[nn.Module, ...], list[Linear]] = {}  # teams that no expert touches, packed once
+        # Teams that no expert touches, packed once, by what their results are.
+        self._unmerged: dict[tuple[tuple[nn.Module, ...], torch.dtype], list[Linear]] = {}
         self._packed: dict[nn.Module, None] = {}
         self._team: dict[nn.Module, tuple[nn.Module, ...]] = {}  # packable layer -> all that are multiplied with it
         self._parent: dict[nn.Module, nn.Module] = {}  # packable layer -> the module that calls it
@@ -87,12 +89,11 @@ class PackedWeights(MergedWeights):
             yield from ((parent, (layer,)) for layer in dict.fromkeys(layers.values()))
 
     def _blocks(self) -> Iterator[nn.Module]:
-        """The layers of attention and feed-forward blocks that are packed as a whole: what follows them there is a
-        packed layer, attention, or an addition in the model's precision."""
+        """The layers within blocks that are packed whole: only attention, activations and packed layers follow them."""
         for parent in dict.fromkeys(self._parent.values()):
             layers = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
-            if set(layers) in BLOCKS and all(child in self._team for child in layers.values()):
-                yield from layers.values()
+            if all(child in self._team for child in layers.values()):
+                yield from (layers[name] for name in BLOCKS.get(frozenset(layers), ()))
 
     def _can_pack(self, module: nn.Module) -> bool:
         """Whether it is a plain linear layer, with no ``forward`` of somebody else's, of a kind that oneDNN packs."""
@@ -108,16 +109,17 @@ class PackedWeights(MergedWeights):
         """Let the layers of ``team`` work with their merged weights, or their own where no expert touches them."""
         merged = [self._merged.pop(layer, None) for layer in team]
         untouched = all(weight is None for weight in merged)
-        forwards = self._unmerged.get(team) if untouched else None
+        lead = team[0]
+        result = self._dtype(lead) if lead in self._inner else cast(Tensor, lead.weight).dtype
+        forwards = self._unmerged.get((team, result)) if untouched else None
         if forwards is None:
             weights = [
                 cast(Tensor, layer.weight).detach().to(self._dtype(layer)) if weight is None else weight
                 for layer, weight in zip(team, merged, strict=True)
             ]
-            stays = all(layer in self._inner for layer in team)
-            forwards = _forwards(weights, [cast(Any, layer).bias for layer in team], stays)
+            forwards = _forwards(weights, [cast(Any, layer).bias for layer in team], result)
             if untouched:
-                self._unmerged[team] = forwards
+                self._unmerged[team, result] = forwards
         for layer, forward in zip(team, forwards, strict=True):
             layer.forward = forward  # type: ignore[method-assign]
             self._packed[layer] = None
@@ -134,7 +136,7 @@ class PackedWeights(MergedWeights):
 def packs(dtype: torch.dtype) -> bool:
     """Whether this torch, on this processor, has oneDNN's packed linear layers in ``dtype``."""
     try:
-        return bool(_packed(torch.ones(16, 16, dtype=dtype), None)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
+        return bool(_packed(torch.ones(16, 16, dtype=dtype), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
     except (AttributeError, RuntimeError):
         return False
 
@@ -165,24 +167,23 @@ class _Together:
         return found
 
 
-def _forwards(weights: list[Tensor], biases: list[Tensor | None], stays: bool) -> list[Linear]:
+def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.dtype) -> list[Linear]:
     """What computes each of the layers, which share their input."""
     offsets = [bias.detach() for bias in biases if bias is not None]
-    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None, stays)
+    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
     if len(weights) == 1:
         return [linear]
     together = _Together(linear, [len(weight) for weight in weights])
     return [partial(together.part, number) for number in range(len(weights))]
 
 
-def _packed(weight: Tensor, bias: Tensor | None, stays: bool = False) -> Linear:
-    """``x -> x Wᵀ + b`` in the dtype of ``weight``; the result in that of ``x``, unless it ``stays`` as it is."""
+def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
+    """``x -> x Wᵀ + b`` in the dtype of ``weight``, given as ``result``."""
     # The number is the tokens to expect; other numbers give the same result.
     dtype, packed = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
     offset = None if bias is None else bias.to(dtype)
 
     def forward(x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, offset, "none", [], "")
-        return found if stays else found.to(x.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, offset, "none", [], "").to(result)
 
     return forward

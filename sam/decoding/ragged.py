@@ -40,12 +40,13 @@ class KeyValues:
         self.rows, self.slots = rows, _up(slots, STRIDE)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of layer ``index``; ``like`` [tokens, heads, dim] says what they hold."""
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of layer ``index``, in the dtype of ``value``; ``key`` and ``value`` [tokens, heads, dim]
+        say what they hold."""
         if index not in self._layers:
-            heads, dim = like.shape[1:]
-            keys = _zeros((self.rows, heads, dim, self.slots), like)
-            self._layers[index] = (keys, _zeros((self.rows, heads, self.slots, dim), like))
+            (_, heads, width), dim = key.shape, value.shape[-1]
+            keys = _zeros((self.rows, heads, width, self.slots), value)
+            self._layers[index] = (keys, _zeros((self.rows, heads, self.slots, dim), value))
         return self._layers[index]
 
     def move(self, source: int, to: int, slots: int) -> None:
@@ -57,7 +58,7 @@ class KeyValues:
     def copy_from(self, other: KeyValues, to: int, slots: int) -> None:
         """Copy the first ``slots`` of the first row of ``other`` into a row here."""
         for index, (their_keys, their_values) in other._layers.items():
-            keys, values = self.layer(index, their_values[:1, :, 0])
+            keys, values = self.layer(index, their_keys[..., 0], their_values[:, :, 0])
             keys[to, :, :, :slots] = their_keys[0, :, :, :slots]
             values[to, :, :slots] = their_values[0, :, :slots]
 
@@ -97,9 +98,9 @@ class Pass:
     """What the attention of one forward pass needs to know; the same for all layers."""
 
     def __init__(self, cache: KeyValues, rows: Sequence[Row], share: int, device: str) -> None:
-        """``rows``: those of the cache, from the first on; ``share``: query heads a key head has. The pass's tokens
-        come row by row."""
-        self.cache, self.share = cache, share
+        """``rows``: those of the cache, from the first on; ``share``: query heads that a key head has, mostly. The
+        pass's tokens come row by row."""
+        self.cache = cache
         table = [(number, row.past + t) for number, row in enumerate(rows) for t in range(row.count)]
         self.rows, self.slots = torch.tensor(table, device=device).T.contiguous()
         self.spare = rounded(len(table)) - len(table)
@@ -116,15 +117,15 @@ class Pass:
         """
         count = len(self.rows)
         key, value = key[:, :count].transpose(0, 1), value[:, :count].transpose(0, 1)
-        keys, values = self.cache.layer(layer, value)
+        keys, values = self.cache.layer(layer, key, value)
         keys[self.rows, :, :, self.slots] = key.to(keys.dtype)
         values[self.rows, :, self.slots] = value
         # Query heads that share a key head stand as further queries of it: no key is copied for them.
-        query = (query[:, :count].transpose(0, 1) * scale).to(keys.dtype).unflatten(1, (-1, self.share))
+        query = (query[:, :count].transpose(0, 1) * scale).to(keys.dtype).unflatten(1, (keys.shape[1], -1))
         found = query.new_zeros(count + self.spare, *query.shape[1:3], values.shape[-1])
         for group in self.groups:
             shape = (len(group.slot), *query.shape[1:3], group.width, query.shape[-1])
-            if group.asked is None or group.asked.shape != shape:
+            if group.asked is None or group.asked.shape != shape or group.asked.dtype != query.dtype:
                 group.asked = query.new_zeros(shape)
             group.asked[group.row, :, :, group.at] = query[group.tokens]
             own = (keys[group.rows, ..., : group.slots], values[group.rows, :, : group.slots])
@@ -156,7 +157,7 @@ class Pass:
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """[..., queries, slots] times [..., slots, dim], summed in an order that more slots of weight 0 do not change."""
-    if weights.dtype != torch.float32:  # oneDNN sums bf16 products slot by slot
+    if weights.dtype != torch.float32:  # more slots have changed no bit in trials with oneDNN's bf16 products
         return torch.matmul(weights, values)
     out = torch.matmul(weights[..., :CHUNK], values[..., :CHUNK, :])
     for start in range(CHUNK, values.shape[-2], CHUNK):
