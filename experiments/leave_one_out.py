@@ -74,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     out = args.out or args.folders[0]
-    out.mkdir(parents=True, exist_ok=True)
     texts = render.files([table], best=False)
     for file, text in texts.values():
         write_text(out / file, text)
