@@ -180,19 +180,23 @@ def test_a_half_precision_base_stays_so(tiny: Base, dtype: torch.dtype) -> None:
     assert (found.float() - expected.float()).norm() / expected.float().norm() < 0.05
 
 
-@pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(
-    smollm: Base, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each weight that is packed from here on, in order."""
+    rows: list[int] = []
     real = packed._packed
 
     def counted(weight: Tensor, *rest: Any) -> packed.Linear:
-        made.append(len(weight))
+        rows.append(len(weight))
         return real(weight, *rest)
 
     monkeypatch.setattr(packed, "_packed", counted)
+    return rows
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(smollm: Base, mode: str, made: list[int]) -> None:
     attention = smollm.model.get_submodule("model.layers.3.self_attn")
     dtype = torch.bfloat16 if mode == "fast" and halves() else torch.float32
     x = torch.randn(37, attention.q_proj.in_features)
@@ -200,22 +204,12 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(
         weights.apply([])
         assert made[1:5] == [576 + 192 + 192, 576, 2 * 1536, 576]  # after the head
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
-            assert torch.equal(layer(x).float(), real(layer.weight.to(dtype), None, torch.float32)(x))
+            assert torch.equal(layer(x).float(), packed._packed(layer.weight.to(dtype), None, torch.float32)(x))
 
 
 @pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
-def test_layers_of_one_input_are_packed_once_whatever_of_their_block_comes_between(
-    tiny: Base, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_of_one_input_are_packed_once_whatever_of_their_block_comes_between(tiny: Base, made: list[int]) -> None:
     """Adapters hold their modules by name: k, o, q, v."""
-    made: list[int] = []
-    real = packed._packed
-
-    def counted(weight: Tensor, *rest: Any) -> packed.Linear:
-        made.append(len(weight))
-        return real(weight, *rest)
-
-    monkeypatch.setattr(packed, "_packed", counted)
     names = [name for name, m in tiny.model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     with PackedWeights(tiny.model, "exact") as weights:
         weights.apply((name, torch.zeros_like(tiny.model.get_submodule(name).weight)) for name in sorted(names))
