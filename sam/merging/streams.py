@@ -30,7 +30,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 Merged = Iterator[tuple[str, Tensor]]
 Change = Callable[[int, str, Tensor], Iterable[Tensor]]
-"""(expert's index, module, delta) to what of the delta takes part in the merge, as flat blocks of ``BLOCK`` entries."""
+"""(expert's index, module, delta) to what of the delta takes part in the merge, as flat blocks of ``BLOCK`` entries; a
+block may be overwritten when the next is asked for."""
 
 
 class DeltaSet(Protocol):
@@ -192,10 +193,13 @@ def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None
 
     def drop(index: int, module: str, delta: Tensor) -> Iterator[Tensor]:
         generator = drop_generator(seed, experts[index], module)
+        work = torch.empty(min(BLOCK, delta.numel()), device=delta.device)
         for block in _blocks(delta):
             drawn = generator.random_raw(-(-block.numel() // 4)).astype("<u8", copy=False)
-            kept = torch.from_numpy(drawn.view("<i2")[: block.numel()]) < chances - 32768
-            yield torch.where(kept.to(block.device), block, 0.0).mul_(65536 / chances)
+            bits = torch.from_numpy(drawn.view("<i2")[: block.numel()]).to(block.device)
+            # 1 or 0, then the entry or 0, in place: much faster than a boolean mask and torch.where
+            kept = torch.lt(bits, chances - 32768, out=work[: block.numel()])
+            yield kept.mul_(block).mul_(65536 / chances)
 
     return drop
 
