@@ -53,8 +53,11 @@ class Numbers:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, text: str, **options: Any) -> Any:
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
         return self._tokenizer(text, **options)
+
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        return self._tokenizer.convert_ids_to_tokens(token)
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         return " ".join(map(str, ids))

@@ -103,6 +103,47 @@ def test_fast_is_close_and_keeps_the_head_exact(tiny: Base) -> None:
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
 
 
+class Headed(nn.Module):
+    """An output layer whose neighbours differ too little for bf16."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(48, tokens, bias=False)
+        rows = torch.randn(tokens // 8, 48, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            self.head.weight.copy_(
+                rows.repeat_interleave(8, 0) * (1 + 1e-4 * torch.arange(8).repeat(len(rows))[:, None])
+            )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+@pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
+def test_the_largest_logits_are_those_of_fp32() -> None:
+    model, x = Headed(512), torch.randn(4, 25, 48, generator=torch.Generator().manual_seed(1))
+    expected = model.head(x)
+    rough = (x.bfloat16() @ model.head.weight.bfloat16().T).float()
+    assert (rough.argmax(-1) != expected.argmax(-1)).sum() > 50
+    with PackedWeights(model, "fast") as weights:
+        weights.apply([])
+        found = model.head(x)
+        assert found.dtype == torch.float32 and found.shape == expected.shape
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+        assert torch.allclose(found.amax(-1), expected.amax(-1), atol=1e-5)
+        assert not torch.allclose(found, expected, atol=1e-3)
+        for size in (1, 2, 7, 24):
+            assert torch.equal(model.head(x[:2, :size]), found[:2, :size])
+    for others in (PackedWeights(model, "fast", all_logits=True), PackedWeights(model, "exact")):
+        with others:
+            others.apply([])
+            assert torch.allclose(model.head(x), expected, atol=1e-5)
+    odd = Headed(520)  # no multiple of the range
+    with PackedWeights(odd, "fast") as weights:
+        weights.apply([])
+        assert torch.allclose(odd.head(x), x @ odd.head.weight.T, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mode: str) -> None:
     with PackedWeights(smollm.model, mode) as weights:

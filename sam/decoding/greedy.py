@@ -11,7 +11,7 @@ from torch import Tensor
 from sam import grammar, prompts
 from sam.base import Base
 from sam.decoding.constrained import Automaton, Walk, walks
-from sam.decoding.drafts import Drafter, Memory
+from sam.decoding.drafts import Drafter, Language, Memory
 from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
 from sam.errors import SamError
@@ -96,8 +96,8 @@ class _Row:
     index: int
     prefix: int
     suffix: list[int]
-    memory: Memory
     walk: Walk | None = None
+    memory: Memory = field(init=False)  # from when it joins the batch on
     past: int = 0
     made: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
@@ -121,14 +121,13 @@ class _Run:
         held: Sequence[Walk] | None,
     ) -> None:
         self.base, self.spec, self.drafter = base, spec, drafter
+        self.texts, self.earlier = [text for _, text in parts], earlier
+        self.language = Language(base.tokenizer, base.stop_ids)
         heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
         self.prefixes = [_ids(base, prefix, special=True) for prefix in heads]
         waiting = []
         for index, (prefix, text) in enumerate(parts):
-            suffix = _ids(base, text)
-            known = [*_ids(base, earlier[index]), base.stop_ids[0]] if earlier[index] else []
-            walk = held[index] if held else None
-            waiting.append(_Row(index, heads[prefix], suffix, Memory(suffix, known), walk))
+            waiting.append(_Row(index, heads[prefix], _ids(base, text), held[index] if held else None))
         # Prefix by prefix, the longest first: the peak of memory is met early, and neighbours are of a length.
         self.waiting = sorted(waiting, key=lambda row: (row.prefix, -len(row.suffix), row.index), reverse=True)
         self.rows: list[_Row] = []
@@ -138,7 +137,6 @@ class _Run:
         self.share = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
-        self.stops = frozenset(base.stop_ids)
         slots = max(len(self.prefixes[row.prefix]) + len(row.suffix) for row in waiting) + spec.max_new_tokens
         self.cache = KeyValues(min(spec.batch_size, len(parts)), slots)
         self.shared: tuple[int, KeyValues] | None = None  # the latest prefix, run once for all rows that begin with it
@@ -176,7 +174,7 @@ class _Run:
     def done(self) -> Iterator[tuple[int, Answer]]:
         """The answers that the last pass ended."""
         for row in self._ended:
-            stopped = row.made[-1] in self.stops
+            stopped = row.made[-1] in self.language.stops
             made = row.made[:-1] if stopped else row.made
             text = row.walk.text(made) if row.walk else self.base.tokenizer.decode(made, skip_special_tokens=True)
             yield row.index, Answer(text, truncated=not stopped)
@@ -192,9 +190,16 @@ class _Run:
                 break
             row = self.waiting.pop()
             row.past = len(self.prefixes[row.prefix])
+            row.memory = self._memory(row)
             self.cache.copy_from(self._prefix(row.prefix), len(self.rows) + len(new), row.past)
             new.append(row)
         return new
+
+    def _memory(self, row: _Row) -> Memory:
+        """What a row's guesses come from."""
+        earlier = self.earlier[row.index]
+        known = [*_ids(self.base, earlier), self.base.stop_ids[0]] if earlier else []
+        return Memory(self.language, self.texts[row.index], row.suffix, known)
 
     def _prefix(self, number: int) -> KeyValues:
         """Keys and values of a prefix, run by itself."""
@@ -223,13 +228,14 @@ class _Run:
         right = 0
         while right < len(row.draft) and row.draft[right] == chosen[right]:
             right += 1
-        self.drafter.learn(row.memory, right, chosen[: right + 1])
         row.past += (1 if row.made else len(row.suffix)) + right
+        before = len(row.made)
         for token in chosen[: right + 1]:
             row.made.append(token)
-            row.ended = token in self.stops or len(row.made) == self.spec.max_new_tokens
+            row.ended = token in self.language.stops or len(row.made) == self.spec.max_new_tokens
             if row.ended:
                 break
+        self.drafter.learn(row.memory, right, row.made[before:])
 
     def _leave(self, place: int) -> None:
         """Take an ended row out; the last row moves into its place."""

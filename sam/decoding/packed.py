@@ -2,9 +2,9 @@
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
 plain layout. ``fast`` multiplies in bf16 where the processor does so itself, and what lies between the products of one
-block stays in it, keys and values too; the sum over the layers and the output layer stay in fp32. Layers that read the
-same input (q, k, v; gate, up) are multiplied as one. Either way a token's result is the same to the bit whatever else
-is in the batch.
+block stays in it, keys and values too; the sum over the layers stays in fp32, and so do the largest logits, which are
+all that greedy decoding looks at. Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way
+a token's result is the same to the bit whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ Linear = Callable[[Tensor], Tensor]
 BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_proj", "down_proj"), strict=True)}
 """The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
+RANGE = 128  # neighbouring logits of which the largest is looked at first
+MARGIN = 1 / 64
+"""Logits this near to the largest, relative to it, are computed in fp32: eight times what rounding to bf16 moves."""
+
 
 class PackedWeights(MergedWeights):
     """As :class:`MergedWeights`, with all linear layers packed while a merge is applied; the base stays as it is.
@@ -32,11 +36,13 @@ class PackedWeights(MergedWeights):
     Where there is no oneDNN (on a GPU), and for layers that are not ``nn.Linear``, merges are added in place.
     """
 
-    def __init__(self, model: nn.Module, mode: str) -> None:
+    def __init__(self, model: nn.Module, mode: str, all_logits: bool = False) -> None:
+        """``all_logits``: whether ``fast`` keeps all logits in fp32, for who looks beyond the largest."""
         super().__init__(model)
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._head = cast(Any, model).get_output_embeddings()
         self._half = mode == "fast" and halves()
+        self._all_logits = all_logits
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
         # Teams that no expert touches, packed once, by what their results are.
         self._unmerged: dict[tuple[tuple[nn.Module, ...], torch.dtype], list[Linear]] = {}
@@ -117,12 +123,21 @@ class PackedWeights(MergedWeights):
                 cast(Tensor, layer.weight).detach().to(self._dtype(layer)) if weight is None else weight
                 for layer, weight in zip(team, merged, strict=True)
             ]
-            forwards = _forwards(weights, [cast(Any, layer).bias for layer in team], result)
+            biases = [cast(Any, layer).bias for layer in team]
+            if lead is self._head and self._short(weights[0], biases[0]):
+                forwards = [_largest(weights[0])]
+            else:
+                forwards = _forwards(weights, biases, result)
             if untouched:
                 self._unmerged[team, result] = forwards
         for layer, forward in zip(team, forwards, strict=True):
             layer.forward = forward  # type: ignore[method-assign]
             self._packed[layer] = None
+
+    def _short(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether only the largest results of the output layer need be fp32, and can be."""
+        fits = bias is None and weight.dtype == torch.float32 and len(weight) % RANGE == 0
+        return self._half and not self._all_logits and fits
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -175,6 +190,26 @@ def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.
         return [linear]
     together = _Together(linear, [len(weight) for weight in weights])
     return [partial(together.part, number) for number in range(len(weights))]
+
+
+def _largest(weight: Tensor) -> Linear:
+    """``x -> x Wᵀ``, multiplied in bf16; the results that may be the largest of their row again, in fp32."""
+    rough = _packed(weight.to(torch.bfloat16), None, torch.float32)
+
+    def forward(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        logits = rough(flat)
+        ranges = logits.view(len(logits), -1, RANGE)
+        tops = ranges.amax(-1)
+        best = tops.amax(-1, keepdim=True)
+        least = best - best.abs() * MARGIN
+        row, where = (tops >= least).nonzero(as_tuple=True)
+        pick, place = (ranges[row, where] >= least[row]).nonzero(as_tuple=True)
+        row, token = row[pick], where[pick] * RANGE + place
+        logits[row, token] = (flat[row] * weight[token]).sum(-1)
+        return logits.view(*x.shape[:-1], -1)
+
+    return forward
 
 
 def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:

@@ -11,7 +11,7 @@ from sam.grammar import GRAMMAR_VERSION
 
 MODES = ("exact", "fast")
 
-DECODER_VERSION = 3
+DECODER_VERSION = 4
 """Part of every answer's key: to be raised when a change of the decoder changes how answers are rounded."""
 
 
