@@ -284,7 +284,7 @@ def test_sliding_window_answers_are_those_of_generate(sliding: Base, size: int) 
 def test_a_packed_model_with_norms_between_its_products(sliding: Base) -> None:
     """In bf16 where the processor has it: Gemma 3 norms queries, keys, and what a block gives."""
     texts = [*TEXTS, "y", "Another"]
-    with PackedWeights(sliding.model, "fast") as weights:
+    with PackedWeights(sliding.model, "fast", all_logits=False) as weights:
         weights.apply([])
         alone = [decode(sliding, TYPES, [text], DecodeSpec(12, 1, "fast"))[0] for text in texts]
         assert decode(sliding, TYPES, texts, DecodeSpec(12, 8, "fast")) == alone
@@ -368,7 +368,7 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
 
     monkeypatch.setattr(greedy._Run, "_forward", watched)
     found = []
-    with PackedWeights(smollm.model, mode) as weights:
+    with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
         for size, drafter in ((1, Silent()), (8, Drafter())):
             dict(stream(smollm, parts, DecodeSpec(8, size, mode), drafter))

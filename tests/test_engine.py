@@ -341,6 +341,22 @@ def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch
     assert applied == []
 
 
+@pytest.mark.parametrize("constrained", [False, True])
+def test_constrained_answers_are_chosen_among_exact_logits(
+    engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, constrained: bool
+) -> None:
+    asked: list[bool] = []
+
+    class Watched(sam.engine.PackedWeights):
+        def __init__(self, model: Any, mode: str, *, all_logits: bool) -> None:
+            asked.append(all_logits)
+            super().__init__(model, mode, all_logits=all_logits)
+
+    monkeypatch.setattr(sam.engine, "PackedWeights", Watched)
+    engine(decoding=DecodeSpec(8, 2, "fast", constrained)).predict(["news"], SINGLE, TYPES, TEXTS[:1])
+    assert asked == [constrained]
+
+
 def test_a_base_loaded_in_inference_mode_serves_outside_of_it(engine: MakeEngine) -> None:
     """Trainer.predict loads and merges in inference mode; whoever uses the engine afterwards may not be in it."""
     one = engine()

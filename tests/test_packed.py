@@ -43,7 +43,7 @@ def test_exact_is_the_merge_in_place(tiny: Base, deltas: list[tuple[str, Tensor]
     with merged(tiny.model, deltas):
         expected = logits(tiny.model)
     plain = logits(tiny.model)
-    with PackedWeights(tiny.model, "exact") as weights:
+    with PackedWeights(tiny.model, "exact", all_logits=False) as weights:
         weights.apply(deltas)
         assert torch.allclose(logits(tiny.model), expected, atol=1e-4, rtol=1e-5)
         assert weights.applied == tuple(name for name, _ in deltas)
@@ -55,7 +55,7 @@ def test_exact_is_the_merge_in_place(tiny: Base, deltas: list[tuple[str, Tensor]
 @pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
 def test_packing_leaves_the_weights_alone(tiny: Base) -> None:
     before = copy.deepcopy(tiny.model.state_dict())
-    with PackedWeights(tiny.model, "exact") as weights:
+    with PackedWeights(tiny.model, "exact", all_logits=False) as weights:
         weights.apply(some_deltas())
         assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())
         linears = [n for n, m in tiny.model.named_modules() if isinstance(m, nn.Linear)]
@@ -63,7 +63,7 @@ def test_packing_leaves_the_weights_alone(tiny: Base) -> None:
 
 
 def test_several_merges_in_turn(tiny: Base) -> None:
-    weights = PackedWeights(tiny.model, "exact")
+    weights = PackedWeights(tiny.model, "exact", all_logits=False)
     for deltas in (some_deltas(), [], some_deltas()[1:], some_deltas()):
         with merged(tiny.model, deltas):
             expected = logits(tiny.model)
@@ -82,18 +82,19 @@ def test_an_error_in_the_stream_leaves_nothing_behind(tiny: Base) -> None:
 
     plain = logits(tiny.model)
     with pytest.raises(RuntimeError, match="half way"):
-        PackedWeights(tiny.model, "exact").apply(breaks())
+        PackedWeights(tiny.model, "exact", all_logits=False).apply(breaks())
     assert not replaced(tiny.model) and torch.equal(logits(tiny.model), plain)
 
 
 @pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
-def test_fast_is_close_and_keeps_the_head_exact(tiny: Base) -> None:
+def test_fast_is_close_and_keeps_a_small_head_exact(tiny: Base) -> None:
     with merged(tiny.model, some_deltas()):
         expected = logits(tiny.model)
-    with PackedWeights(tiny.model, "fast") as weights:
+    with PackedWeights(tiny.model, "fast", all_logits=False) as weights:
         weights.apply(some_deltas())
         found = logits(tiny.model)
         hidden = torch.randn(3, 64)
+        # its 400 tokens are no multiple of packed.RANGE: all of its logits are exact
         assert torch.allclose(tiny.model.lm_head(hidden), hidden @ tiny.model.lm_head.weight.T, atol=1e-5)
         layer = tiny.model.get_submodule(UP)
         exact = hidden @ (layer.weight + some_deltas()[1][1]).T
@@ -119,34 +120,48 @@ class Headed(nn.Module):
         return self.head
 
 
+def whole(model: Headed, x: Tensor) -> Tensor:
+    """All logits, by the plain layer."""
+    return x @ model.head.weight.T
+
+
 @pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
-def test_the_largest_logits_are_those_of_fp32() -> None:
+def test_the_largest_logits_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Headed(512), torch.randn(4, 25, 48, generator=torch.Generator().manual_seed(1))
     expected = model.head(x)
     rough = (x.bfloat16() @ model.head.weight.bfloat16().T).float()
     assert (rough.argmax(-1) != expected.argmax(-1)).sum() > 50
-    with PackedWeights(model, "fast") as weights:
+    shifted = x.clone()  # the largest logits lie around 0
+    with torch.no_grad():
+        model.head.weight[:, 0] = 1
+    shifted[..., 0] -= model.head(x).amax(-1)
+    expected = model.head(x)
+    with PackedWeights(model, "fast", all_logits=False) as weights:
         weights.apply([])
         found = model.head(x)
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
         assert torch.allclose(found.amax(-1), expected.amax(-1), atol=1e-5)
         assert not torch.allclose(found, expected, atol=1e-3)
+        assert torch.equal(model.head(shifted).argmax(-1), whole(model, shifted).argmax(-1))
+        monkeypatch.setattr(packed, "PICKS", 3)
+        assert torch.equal(model.head(x), found)
+        assert model.head(x[:, :0]).shape == (4, 0, 512)
         for size in (1, 2, 7, 24):
             assert torch.equal(model.head(x[:2, :size]), found[:2, :size])
-    for others in (PackedWeights(model, "fast", all_logits=True), PackedWeights(model, "exact")):
+    for others in (PackedWeights(model, "fast", all_logits=True), PackedWeights(model, "exact", all_logits=False)):
         with others:
             others.apply([])
             assert torch.allclose(model.head(x), expected, atol=1e-5)
     odd = Headed(520)  # no multiple of the range
-    with PackedWeights(odd, "fast") as weights:
+    with PackedWeights(odd, "fast", all_logits=False) as weights:
         weights.apply([])
         assert torch.allclose(odd.head(x), x @ odd.head.weight.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mode: str) -> None:
-    with PackedWeights(smollm.model, mode) as weights:
+    with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
         for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj"):
             layer = smollm.model.get_submodule(f"model.layers.3.{name}")
@@ -178,7 +193,7 @@ def test_layers_of_one_input_give_each_its_own(bias: bool, names: list[str]) -> 
     x, y = torch.randn(5, 32), torch.randn(7, 32)
     with merged(model, deltas):
         expected = {(i, len(z)): layer(z) for i, layer in enumerate(layers) for z in (x, y)}
-    with PackedWeights(model, "exact") as weights:
+    with PackedWeights(model, "exact", all_logits=False) as weights:
         weights.apply(deltas)
         for number, asked in ((0, x), (1, x), (2, x), (2, x), (1, x), (0, y), (2, x), (1, y), (1, y), (0, x)):
             found = layers[number](asked)
@@ -190,7 +205,7 @@ def test_a_forward_of_somebody_elses_is_left_alone(tiny: Base) -> None:
     own = type(layer).forward.__get__(layer)
     layer.forward = own
     try:
-        with PackedWeights(tiny.model, "exact") as weights:
+        with PackedWeights(tiny.model, "exact", all_logits=False) as weights:
             weights.apply(some_deltas()[:1])
             assert layer.forward is own
         assert layer.forward is own
@@ -202,7 +217,7 @@ def test_without_onednn_merges_are_added_in_place(tiny: Base, monkeypatch: pytes
     monkeypatch.setattr(packed, "packs", lambda dtype: False)
     with merged(tiny.model, some_deltas()):
         expected = logits(tiny.model)
-    with PackedWeights(tiny.model, "fast") as weights:
+    with PackedWeights(tiny.model, "fast", all_logits=False) as weights:
         weights.apply(some_deltas())
         assert torch.equal(logits(tiny.model), expected)
         assert not replaced(tiny.model)
@@ -214,7 +229,7 @@ def test_a_half_precision_base_stays_so(tiny: Base, dtype: torch.dtype) -> None:
     model = copy.deepcopy(tiny.model).to(dtype)
     with merged(model, some_deltas()):
         expected = logits(model)
-    with PackedWeights(model, "fast") as weights:
+    with PackedWeights(model, "fast", all_logits=False) as weights:
         weights.apply(some_deltas())
         found = logits(model)
     assert found.dtype == dtype and not replaced(model)
@@ -241,7 +256,7 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(smollm: Ba
     attention = smollm.model.get_submodule("model.layers.3.self_attn")
     dtype = torch.bfloat16 if mode == "fast" and halves() else torch.float32
     x = torch.randn(37, attention.q_proj.in_features)
-    with PackedWeights(smollm.model, mode) as weights:
+    with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
         assert made[1:5] == [576 + 192 + 192, 576, 2 * 1536, 576]  # after the head
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -252,7 +267,7 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(smollm: Ba
 def test_layers_of_one_input_are_packed_once_whatever_of_their_block_comes_between(tiny: Base, made: list[int]) -> None:
     """Adapters hold their modules by name: k, o, q, v."""
     names = [name for name, m in tiny.model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
-    with PackedWeights(tiny.model, "exact") as weights:
+    with PackedWeights(tiny.model, "exact", all_logits=False) as weights:
         weights.apply((name, torch.zeros_like(tiny.model.get_submodule(name).weight)) for name in sorted(names))
     layers = len(tiny.model.model.layers)
     assert len(made) == 4 * layers + 1  # qkv, o, gate and up, down; and the head
@@ -261,7 +276,7 @@ def test_layers_of_one_input_are_packed_once_whatever_of_their_block_comes_betwe
 @pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
 def test_few_merged_weights_wait_at_a_time(tiny: Base) -> None:
     """Where experts touch q and v only, a layer is packed when the next one comes."""
-    weights, waiting = PackedWeights(tiny.model, "exact"), []
+    weights, waiting = PackedWeights(tiny.model, "exact", all_logits=False), []
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for number in range(len(tiny.model.model.layers)):
@@ -281,7 +296,7 @@ def test_results_stay_in_bf16_only_inside_a_block_that_is_packed_whole(tiny: Bas
     """What is not packed gets the model's own precision, so that it works with its own weights."""
     attention, mlp = (tiny.model.get_submodule(f"model.layers.0.{name}") for name in ("self_attn", "mlp"))
     x = torch.randn(3, 64)
-    with taken(attention.o_proj), PackedWeights(tiny.model, "fast") as weights:
+    with taken(attention.o_proj), PackedWeights(tiny.model, "fast", all_logits=False) as weights:
         weights.apply([])
         assert {layer(x).dtype for layer in (attention.q_proj, attention.v_proj)} == {torch.float32}
         assert {layer(x).dtype for layer in (mlp.gate_proj, mlp.up_proj)} == {torch.bfloat16}
@@ -303,7 +318,7 @@ def taken(layer: nn.Module) -> Iterator[None]:
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_layer_that_becomes_somebody_elses_leaves_its_team(tiny: Base, mode: str, name: str, number: int) -> None:
     texts, spec = ["Ada of Turin", "the river Po"], DecodeSpec(6, 2, mode)
-    weights = PackedWeights(tiny.model, mode)
+    weights = PackedWeights(tiny.model, mode, all_logits=False)
     with weights:
         weights.apply([])
         decode(tiny, ["person"], texts, spec)

@@ -116,7 +116,7 @@ def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[
 
 def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any], held: Sequence[Asked] | None = None) -> Work:
     """``held``: what is asked, where only answers to it can be written (``decode=constrained``)."""
-    weights = PackedWeights(base.model, mode, held is not None)
+    weights = PackedWeights(base.model, mode, all_logits=held is not None)
     spec = DecodeSpec(max_new_tokens=LIMIT, mode=mode, constrained=held is not None)
 
     def work() -> list[Answer]:

@@ -23,7 +23,8 @@ MOST = 200_000  # contexts remembered, some 100 MB; then all are forgotten
 PROMPT, EARLIER, ANSWER = range(3)
 
 Kind = tuple[bool, bool, bool]
-"""Of a token: whether a space comes first, and whether its first character is a letter or digit, and a capital."""
+"""Of a token, as the tokenizer spells it: whether a space comes first, and whether what follows is alphanumeric, and a
+capital."""
 
 Source = tuple[int, int, Kind] | None
 """Where a guess came from: (tokens matched, PROMPT, EARLIER or ANSWER, the guess's kind); None: other answers. That a
@@ -48,7 +49,7 @@ class Language:
         return self._kinds[token]
 
     def unspaced(self, text: str) -> list[list[int]]:
-        """The tokens from each word of ``text`` on, as they are written after a quote instead of a space."""
+        """The tokens from each word of ``text`` on, as most tokenizers write them after a quote."""
         starts = [match.start() for match in re.finditer(r"(?<=\s)\S", text)]
         if not starts:
             return []

@@ -193,7 +193,7 @@ def _dropping(count: int, density: float, seed: int, names: Sequence[str] | None
 
     def drop(index: int, module: str, delta: Tensor) -> Iterator[Tensor]:
         generator = drop_generator(seed, experts[index], module)
-        work = torch.empty(min(BLOCK, delta.numel()), device=delta.device)
+        work = torch.empty(min(BLOCK, delta.numel()), dtype=torch.float32, device=delta.device)
         for block in _blocks(delta):
             drawn = generator.random_raw(-(-block.numel() // 4)).astype("<u8", copy=False)
             bits = torch.from_numpy(drawn.view("<i2")[: block.numel()]).to(block.device)
