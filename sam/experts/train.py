@@ -10,6 +10,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sam.base import Base, multiplies_bf16, staged
 from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
-from sam.experts.card import CARD_FILE, WEIGHTS_FILE, Card
+from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Card
 from sam.experts.data import DATA_VERSION, ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
@@ -42,11 +43,19 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Lightning's precisions that leave the base model's weights as they are (``bf16-true`` would cast them in place)."""
 
 
-def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str) -> str:
+ASIDE = ("accelerator", "devices", "precision", "enable_progress_bar")
+"""Options of the trainer that are not hashed with a recipe: they decide nothing, or (precision) are hashed resolved."""
+
+
+def recipe_hash(
+    base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str, trainer: Mapping[str, Any]
+) -> str:
     """The hash of all that decides what is learnt; ``heldout`` only measures and is left out."""
     learnt = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
     parts = [base.fingerprint, prompts.PROMPT_VERSION, DATA_VERSION, [list(d) for d in domains], learnt, precision]
     parts += [] if base.dtype == "float32" else [base.dtype]
+    further = {option: value for option, value in trainer.items() if option not in ASIDE}
+    parts += [further] if further else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -65,26 +74,38 @@ def train_expert(
     checkpoint_every: int = 25,
     logger: Any = False,
 ) -> tuple[Path, Card]:
-    """Train expert ``name`` into ``out/name``; a finished one of the same recipe is kept as it is.
+    """Train expert ``name`` into ``out/name``; a finished one of the same recipe is kept, and scored anew if another
+    number of held-out sentences is asked for.
 
     A run that was killed goes on from ``work/last.ckpt`` and ends as an uninterrupted one would. ``domains`` are
     lists of dataset ids: one for an expert, all of them for the unified model. Leaves ``base`` as it was.
     """
     precision = auto_precision(str(trainer.get("precision", "auto")), base.device)
-    digest = recipe_hash(base, domains, recipe, precision)
+    digest = recipe_hash(base, domains, recipe, precision, trainer)
     folder = out / name
-    if (done := _finished(folder, digest, encoder.spec.name)) is not None:
+    done = _finished(folder, digest, encoder.spec.name)
+    if done is not None and done.recipe["heldout"] == recipe.heldout:
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
     data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
     data.setup()
-    log.info("%s: %d sentences, %d steps, precision %s", name, len(data.sentences), len(data.plan), precision)
-    module = ExpertModule(base, recipe)
-    settings = {**trainer, "precision": precision}
     sentences, types = data.sentences, data.types
     # All that can be missing is asked for before hours are spent on training.
     seen = {s.text for s in sentences}
     heldout = {d: draw_heldout(d, recipe, seen) for domain in domains for d in domain}
+    if done is not None:
+        log.info("%s is already trained with this recipe; scoring it on other held-out sentences", folder)
+        with staged(folder) as stage:
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copy2(folder / file, stage)
+            scores = score_heldout(base, stage, heldout, decode)
+            card = replace(done, recipe={**done.recipe, "heldout": recipe.heldout}, scores=scores)
+            write_readme(stage, card)
+            card.write(stage)
+        return folder, card
+    log.info("%s: %d sentences, %d steps, precision %s", name, len(sentences), len(data.plan), precision)
+    module = ExpertModule(base, recipe)
+    settings = {**trainer, "precision": precision}
     centroid = tuple(round(x, 6) for x in encoder.centroid([s.text for s in sentences], limit=2000))
     try:
         weights = fit(module, data, settings, work / digest, checkpoint_every, logger)

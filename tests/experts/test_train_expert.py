@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_card_says_what_was_done(tiny: Base, whole: Path) -> None:
     assert card.recipe == {
         **RECIPE.to_dict(),
         "precision": "32-true",
-        "hash": recipe_hash(tiny, [["toy"]], RECIPE, "32-true"),
+        "hash": recipe_hash(tiny, [["toy"]], RECIPE, "32-true", {}),
     }
     assert card.scores["datasets"]["toy"]["n"] == 2 and card.licences == {"toy": "CC0-1.0"}
     training = card.training
@@ -135,11 +136,27 @@ def test_finished_expert_is_kept_and_another_recipe_trains_anew(
     folder, card = run(tiny, out, work)
     made = (folder / "expert.json").stat().st_mtime_ns
     assert run(tiny, out, work) == (folder, card)
-    run(tiny, out, work, recipe=dataclasses.replace(RECIPE, heldout=1))  # it only measures
     assert len(losses) == STEPS and (folder / "expert.json").stat().st_mtime_ns == made
     _, other = run(tiny, out, work, recipe=dataclasses.replace(RECIPE, lr=1e-3))
     assert len(losses) == 2 * STEPS and other.recipe["lr"] == 1e-3
     assert weights(folder) != weights(whole) and Card.read(folder) == other
+
+
+def test_another_number_of_heldout_sentences_only_measures(
+    tiny: Base, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = steps_of(monkeypatch)
+    shutil.copytree(whole, tmp_path / "out" / "toys")
+    few = dataclasses.replace(RECIPE, heldout=1)
+    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=few)
+    assert not losses and weights(folder) == weights(whole)
+    before = Card.read(whole)
+    assert Card.read(folder) == card and card.recipe == {**before.recipe, "heldout": 1}
+    assert [d["n"] for d in card.scores["datasets"].values()] == [1]
+    assert dataclasses.replace(card, recipe=before.recipe, scores=before.scores) == before
+    assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in whole.iterdir())
+    _, again = run(tiny, tmp_path / "out", tmp_path / "work")
+    assert again == before
 
 
 @pytest.mark.parametrize("damage", ["card", "weights"])
@@ -260,22 +277,25 @@ def test_killed_again_and_again_it_ends_the_same(tiny_base: Path, whole: Path, t
 
 def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> None:
     base = dataclasses.replace(tiny, fingerprint="f" * 64)
-    plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
+    plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true", {})
     # Experts that are already trained are known by it.
     assert plain == "ca7badd6cb0179be"
     others = [
-        recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
-        recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
-        recipe_hash(base, [["b", "a"]], Recipe(), "32-true"),
-        recipe_hash(base, [["a", "b"]], Recipe(), "bf16-mixed"),
+        recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true", {}),
+        recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true", {}),
+        recipe_hash(base, [["b", "a"]], Recipe(), "32-true", {}),
+        recipe_hash(base, [["a", "b"]], Recipe(), "bf16-mixed", {}),
         *(
-            recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
+            recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true", {})
             for name, value in Recipe().to_dict().items()
             if name != "heldout"
         ),
     ]
     assert len({plain, *others}) == len(others) + 1
-    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true") == plain
+    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true", {}) == plain
+    aside = {"accelerator": "gpu", "devices": 1, "precision": "auto", "enable_progress_bar": False}
+    assert recipe_hash(base, [["a", "b"]], Recipe(), "32-true", aside) == plain
+    assert recipe_hash(base, [["a", "b"]], Recipe(), "32-true", {**aside, "accumulate_grad_batches": 2}) != plain
 
 
 def test_precisions_that_would_cast_the_base_model_are_refused(tiny: Base, tmp_path: Path) -> None:
