@@ -192,8 +192,10 @@ def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, le
     tokens, row, at = torch.tensor(table, device=device).T.contiguous()
     width = max(width, least)
     slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
+    together = chosen[-1] - chosen[0] + 1 == len(chosen)
     return _Group(
-        rows=slice(0, len(rows)) if len(chosen) == len(rows) else torch.tensor(chosen, device=device),
+        # Rows that lie together, as those that have just joined do, are looked at where they are.
+        rows=slice(chosen[0], chosen[-1] + 1) if together else torch.tensor(chosen, device=device),
         width=width,
         slots=_up(max(rows[n].past + min(rows[n].count, skip + width) for n in chosen), STRIDE),
         tokens=tokens,
@@ -205,7 +207,7 @@ def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, le
 
 def rounded(count: int) -> int:
     """The number of tokens that ``count`` are filled up to: libraries prepare a kernel for each number they meet."""
-    return _up(count, 16 if count <= 128 else 32)
+    return _up(count, 16)
 
 
 def _up(number: int, multiple: int) -> int:
