@@ -29,7 +29,10 @@ GROUP_LEAVES = ("name", "rule")
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep; ``config`` is flat (dotted path to value), ``targets`` is empty unless it is done."""
+    """One job of a sweep; ``config`` is flat (dotted path to value), ``experts`` has the hash of each one's weights.
+
+    ``targets`` and ``experts`` are empty unless it is done.
+    """
 
     folder: Path
     state: str
@@ -38,6 +41,7 @@ class Job:
     targets: dict[str, Any] = field(default_factory=dict)
     git_commit: str = ""
     error: str = ""
+    experts: dict[str, str] = field(default_factory=dict)
 
 
 def load_jobs(folder: Path) -> list[Job]:
@@ -62,11 +66,20 @@ def finished(jobs: Iterable[Job]) -> list[Job]:
     return [job for job in jobs if job.state == "done"]
 
 
-def load_finished(folder: Path) -> list[Job]:
-    """All jobs under ``folder``. Raises ``SamError`` as :func:`load_jobs`, and where one is not done."""
-    jobs = load_jobs(folder)
+def load_finished(*folders: Path) -> list[Job]:
+    """All jobs under ``folders``, to be compared with each other.
+
+    Raises ``SamError`` as :func:`load_jobs`, where one is not done, and where an expert was trained anew between two.
+    """
+    jobs = [job for folder in folders for job in load_jobs(folder)]
     if left := [job for job in jobs if job.state != "done"]:
         raise SamError(f"{left[0].folder} is {left[0].state}; run the sweep's command again until all jobs are done")
+    first: dict[tuple[Any, str], Job] = {}
+    for job in jobs:
+        for name, weights in job.experts.items():
+            other = first.setdefault((job.config.get("experts.path"), name), job)
+            if other.experts[name] != weights:
+                raise SamError(f"{other.folder} and {job.folder} had other weights of expert {name}; run both anew")
     return jobs
 
 
@@ -217,7 +230,8 @@ def _done_job(path: Path) -> Job:
     # Equal names do not mean equal weights, and jobs of different base models must never be averaged.
     config |= {f"base.{key}": value for key, value in result.get("base", {}).items() if f"base.{key}" not in config}
     overrides = tuple(result.get("overrides", ()))
-    return Job(path.parent, "done", overrides, config, result["targets"], str(result.get("git_commit") or "unknown"))
+    commit = str(result.get("git_commit") or "unknown")
+    return Job(path.parent, "done", overrides, config, result["targets"], commit, experts=result.get("experts", {}))
 
 
 def _unfinished_job(path: Path, done: Sequence[Job]) -> Job:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the tables go (the first DIR)")
     args = parser.parse_args(argv)
     try:
-        table = build([job for folder in args.folders for job in load_finished(folder)])
+        table = build(load_finished(*args.folders))
     except SamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

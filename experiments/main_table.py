@@ -56,11 +56,12 @@ def markdown(comparison: Comparison) -> str:
     parts = [
         f"F1 (%) over (type, text) pairs, zero-shot, base {base}; sentences: {sizes}. "
         f"In brackets 95 % bootstrap intervals over sentences ({bootstrap.ROUNDS} resamples): they hold neither the "
-        "spread of seeds nor that of trainings. † looked at gold labels: a bound, no method. "
+        "spread of seeds (of three draws, for random) nor that of trainings. † chose by gold labels: for reference, no "
+        "method, and no upper bound. "
         f"Commit {', '.join(comparison.commits)}.",
         _table(["system", *targets], first),
         "Means over the targets; seconds of merging and decoding a target, all models of the system, where it was "
-        "decoded (beside the answers of its siblings, which make it cheaper).",
+        "decoded (beside the answers of its siblings, which make it cheaper); without those of the selection.",
         _table(["system", *head], second),
         "F1 minus that of the unified model, mean over the targets: in points, and in % of the unified model's.",
         _table(["system", "points", "%"], third),

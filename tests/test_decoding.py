@@ -29,7 +29,6 @@ from sam.decoding import DecodeSpec, greedy, ragged
 from sam.decoding.drafts import Drafter, Memory
 from sam.decoding.greedy import Answer, decode, decode_prompts, stream
 from sam.decoding.packed import PackedWeights
-from sam.decoding.ragged import rounded
 from sam.errors import SamError
 
 TYPES = ["person", "location"]
@@ -200,7 +199,7 @@ def test_rows_leave_when_they_end_and_others_take_their_place(stopping: Base) ->
         while waiting and len(rows) < 4:
             rows.append(waiting.pop(0))
             count += suffixes[rows[-1]]
-        expected.append(rounded(count))
+        expected.append(-(-count // 16) * 16)  # filled up to multiples of 16
         for i in rows:
             left[i] -= 1
         rows = [i for i in rows if left[i]]
@@ -370,13 +369,14 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
     found = []
     with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
-        for size, drafter in ((1, Silent()), (8, Drafter())):
+        for size, drafter in ((1, Silent()), (8, Drafter()), (3, Drafter())):  # by 3, rows join those under way
             dict(stream(smollm, parts, DecodeSpec(8, size, mode), drafter))
             found.append(dict(seen))
             seen.clear()
-    shared = set(found[0]) & set(found[1])
-    assert len(shared) > 30
-    assert all(torch.equal(found[0][place], found[1][place]) for place in shared)
+    for other in found[1:]:
+        shared = set(found[0]) & set(other)
+        assert len(shared) > 30
+        assert all(torch.equal(found[0][place], other[place]) for place in shared)
 
 
 def test_attention_is_given_back(tiny: Base) -> None:

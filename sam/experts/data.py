@@ -44,7 +44,7 @@ class Recipe:
     with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``max_length`` tokens.
     """
 
-    sentences: int = 2000
+    sentences: int = 5000
     epochs: int = 1
     batch_size: int = 4
     lr: float = 2e-3

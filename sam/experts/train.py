@@ -43,19 +43,15 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Lightning's precisions that leave the base model's weights as they are (``bf16-true`` would cast them in place)."""
 
 
-ASIDE = ("accelerator", "devices", "precision", "enable_progress_bar")
-"""Options of the trainer that are not hashed with a recipe: they decide nothing, or (precision) are hashed resolved."""
+TRAINER = ("accelerator", "devices", "precision", "enable_progress_bar")
+"""Lightning's options that a training takes: what is learnt is decided by the recipe, and written on the card."""
 
 
-def recipe_hash(
-    base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str, trainer: Mapping[str, Any]
-) -> str:
+def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str) -> str:
     """The hash of all that decides what is learnt; ``heldout`` only measures and is left out."""
     learnt = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
     parts = [base.fingerprint, prompts.PROMPT_VERSION, DATA_VERSION, [list(d) for d in domains], learnt, precision]
     parts += [] if base.dtype == "float32" else [base.dtype]
-    further = {option: value for option, value in trainer.items() if option not in ASIDE}
-    parts += [further] if further else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -75,16 +71,21 @@ def train_expert(
     logger: Any = False,
 ) -> tuple[Path, Card]:
     """Train expert ``name`` into ``out/name``; a finished one of the same recipe is kept, and scored anew if another
-    number of held-out sentences is asked for.
+    number of held-out sentences (but 0) is asked for.
 
     A run that was killed goes on from ``work/last.ckpt`` and ends as an uninterrupted one would. ``domains`` are
     lists of dataset ids: one for an expert, all of them for the unified model. Leaves ``base`` as it was.
     """
+    if further := [option for option in trainer if option not in TRAINER]:
+        raise SamError(
+            f"trainer.{further[0]} is no option of training, which takes {', '.join(TRAINER)}; what is learnt is set "
+            "by train.*"
+        )
     precision = auto_precision(str(trainer.get("precision", "auto")), base.device)
-    digest = recipe_hash(base, domains, recipe, precision, trainer)
+    digest = recipe_hash(base, domains, recipe, precision)
     folder = out / name
     done = _finished(folder, digest, encoder.spec.name)
-    if done is not None and done.recipe["heldout"] == recipe.heldout:
+    if done is not None and recipe.heldout in (0, done.recipe["heldout"]):
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
     data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
@@ -96,8 +97,7 @@ def train_expert(
     if done is not None:
         log.info("%s is already trained with this recipe; scoring it on other held-out sentences", folder)
         with staged(folder) as stage:
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                shutil.copy2(folder / file, stage)
+            shutil.copytree(folder, stage, dirs_exist_ok=True)
             scores = score_heldout(base, stage, heldout, decode)
             card = replace(done, recipe={**done.recipe, "heldout": recipe.heldout}, scores=scores)
             write_readme(stage, card)
@@ -155,7 +155,7 @@ def train_expert(
 
 def _finished(folder: Path, digest: str, encoder: str) -> Card | None:
     """The card in ``folder`` if an expert of this recipe and encoder is there, else None (also for a broken card)."""
-    if not (folder / CARD_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+    if not all((folder / file).is_file() for file in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE)):
         return None
     try:
         card = Card.read(folder)

@@ -257,4 +257,5 @@ def head(config: Mapping[str, Any], digest: str, overrides: Sequence[str], plann
         "git_commit": git_commit(),
         "versions": versions(),
         "base": {"name": planned.base.name, "fingerprint": identity(planned.base)},
+        "experts": planned.hashes,
     }

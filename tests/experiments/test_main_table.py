@@ -169,12 +169,16 @@ def test_what_does_not_compare_is_refused(sweep: Path, tmp_path: Path, capsys: p
         "one": "have other targets",
         "twice": "two jobs of all merged with one seed",
         "expert": "legal is no row of the main comparison",
+        "trained": "had other weights of expert news; run both anew",
     }.items():
         root = Path(shutil.copytree(sweep, tmp_path / change))
         both = {"a": {"all": 1}, "b": {"all": 1}}
         write_run(root, "all", {"a": {"all": 1}} if change == "one" else both, ids=change if change == "ids" else "s")
         if change == "k":
             edit(root / "all-0", lambda result: result["config"].update(k=2))
+        if change == "trained":
+            edit(root / "all-0", lambda result: result.update(experts={"news": "1" * 8, "stem": "2" * 8}))
+            edit(root / "sam-0", lambda result: result.update(experts={"news": "3" * 8, "stem": "2" * 8}))
         if change == "twice":
             shutil.copytree(root / "all-0", root / "again")
         if change == "expert":

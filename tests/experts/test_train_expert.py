@@ -96,7 +96,7 @@ def test_card_says_what_was_done(tiny: Base, whole: Path) -> None:
     assert card.recipe == {
         **RECIPE.to_dict(),
         "precision": "32-true",
-        "hash": recipe_hash(tiny, [["toy"]], RECIPE, "32-true", {}),
+        "hash": recipe_hash(tiny, [["toy"]], RECIPE, "32-true"),
     }
     assert card.scores["datasets"]["toy"]["n"] == 2 and card.licences == {"toy": "CC0-1.0"}
     training = card.training
@@ -147,6 +147,7 @@ def test_another_number_of_heldout_sentences_only_measures(
 ) -> None:
     losses = steps_of(monkeypatch)
     shutil.copytree(whole, tmp_path / "out" / "toys")
+    (tmp_path / "out" / "toys" / "notes.txt").write_text("mine")
     few = dataclasses.replace(RECIPE, heldout=1)
     folder, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=few)
     assert not losses and weights(folder) == weights(whole)
@@ -154,18 +155,20 @@ def test_another_number_of_heldout_sentences_only_measures(
     assert Card.read(folder) == card and card.recipe == {**before.recipe, "heldout": 1}
     assert [d["n"] for d in card.scores["datasets"].values()] == [1]
     assert dataclasses.replace(card, recipe=before.recipe, scores=before.scores) == before
-    assert sorted(f.name for f in folder.iterdir()) == sorted(f.name for f in whole.iterdir())
+    assert {f.name for f in folder.iterdir()} == {*(f.name for f in whole.iterdir()), "notes.txt"}
+    _, unasked = run(tiny, tmp_path / "out", tmp_path / "work", recipe=dataclasses.replace(RECIPE, heldout=0))
+    assert unasked == card
     _, again = run(tiny, tmp_path / "out", tmp_path / "work")
     assert again == before
 
 
-@pytest.mark.parametrize("damage", ["card", "weights"])
+@pytest.mark.parametrize("damage", ["expert.json", "adapter_config.json", "adapter_model.safetensors"])
 def test_damaged_expert_is_trained_again(tiny: Base, whole: Path, tmp_path: Path, damage: str) -> None:
     folder, _ = run(tiny, tmp_path / "out", tmp_path / "work")
-    if damage == "card":
-        (folder / "expert.json").write_text("{")
+    if damage == "expert.json":
+        (folder / damage).write_text("{")
     else:
-        (folder / "adapter_model.safetensors").unlink()
+        (folder / damage).unlink()
     run(tiny, tmp_path / "out", tmp_path / "work")
     assert weights(folder) == weights(whole) and timeless(Card.read(folder)) == timeless(Card.read(whole))
 
@@ -277,25 +280,33 @@ def test_killed_again_and_again_it_ends_the_same(tiny_base: Path, whole: Path, t
 
 def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> None:
     base = dataclasses.replace(tiny, fingerprint="f" * 64)
-    plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true", {})
+    plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
     # Experts that are already trained are known by it.
-    assert plain == "ca7badd6cb0179be"
+    assert plain == "247a0111a26e0501"
     others = [
-        recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true", {}),
-        recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true", {}),
-        recipe_hash(base, [["b", "a"]], Recipe(), "32-true", {}),
-        recipe_hash(base, [["a", "b"]], Recipe(), "bf16-mixed", {}),
+        recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
+        recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
+        recipe_hash(base, [["b", "a"]], Recipe(), "32-true"),
+        recipe_hash(base, [["a", "b"]], Recipe(), "bf16-mixed"),
         *(
-            recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true", {})
+            recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
             for name, value in Recipe().to_dict().items()
             if name != "heldout"
         ),
     ]
     assert len({plain, *others}) == len(others) + 1
-    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true", {}) == plain
-    aside = {"accelerator": "gpu", "devices": 1, "precision": "auto", "enable_progress_bar": False}
-    assert recipe_hash(base, [["a", "b"]], Recipe(), "32-true", aside) == plain
-    assert recipe_hash(base, [["a", "b"]], Recipe(), "32-true", {**aside, "accumulate_grad_batches": 2}) != plain
+    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true") == plain
+
+
+def test_trainer_options_that_change_what_is_learnt_are_refused(tiny: Base, tmp_path: Path) -> None:
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "accumulate_grad_batches": 2}
+    with pytest.raises(SamError) as error:
+        run(tiny, tmp_path / "out", tmp_path / "work", trainer=trainer)
+    assert one_line(error) == (
+        "trainer.accumulate_grad_batches is no option of training, which takes accelerator, devices, precision, "
+        "enable_progress_bar; what is learnt is set by train.*"
+    )
+    assert not (tmp_path / "work").exists()
 
 
 def test_precisions_that_would_cast_the_base_model_are_refused(tiny: Base, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sam.combine import combine
 from sam.decoding.greedy import Answer
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.merging import AdapterDeltas
 from sam.ner import Mention, Prediction, Sentence
 from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
@@ -127,7 +128,7 @@ def test_predictions_scored_again_give_the_result(composed: Compose, tmp_path: P
     assert all(sum(s[fault] for s in faults) > 0 for fault in ("unparsable", "not_asked", "not_in_sentence"))
 
 
-def test_a_result_says_what_it_stands_on(composed: Compose, tmp_path: Path) -> None:
+def test_a_result_says_what_it_stands_on(composed: Compose, pool: Pool, tmp_path: Path) -> None:
     config = composed()
     extract(config, tmp_path / "r", ["k=2"], "sweep")
     result = result_of(tmp_path / "r")
@@ -135,6 +136,7 @@ def test_a_result_says_what_it_stands_on(composed: Compose, tmp_path: Path) -> N
     assert result["overrides"] == ["k=2"]
     assert result["base"]["name"] == "local"
     assert len(result["base"]["fingerprint"]) == 64
+    assert result["experts"] == {n: AdapterDeltas.open(pool.folder(n)).content_hash for n in pool.names}
     target = result["targets"]["mini_movie"]
     assert target["labels_used_for_selection"] is False
     for name, model in target["models"].items():
