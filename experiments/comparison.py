@@ -21,6 +21,8 @@ from sam.results import PREDICTIONS, RIM
 BASELINE, METHOD = "unified", "SaM"
 MEAN_EXPERT, BEST_EXPERT = "experts, mean", "experts, best"
 RATIOS = ("precision", "recall", "span_f1")
+FAULTS = ("unparsable", "hallucinated", "silent")
+"""Shares of answers that are no JSON, of pairs that are not in the sentence, of sentences with mentions left empty."""
 LABELS = {
     "unified_small": "unified, one expert's budget",
     "each": "experts, union of all",
@@ -52,7 +54,9 @@ class Outcome:
     def add(self, counts: Counts, figures: Mapping[str, float]) -> None:
         """One seed's run."""
         self.counts.append(counts)
-        for name, value in figures.items():
+        _, predicted, gold = counts
+        silent = float(np.mean(predicted[gold > 0] == 0)) if (gold > 0).any() else 0.0
+        for name, value in {**figures, "silent": silent}.items():
             self.figures.setdefault(name, []).append(value)
 
     def mean(self, figure: str) -> float:

@@ -1,8 +1,8 @@
-"""Why the merged experts do or do not beat the unified model: four figures, and F1 (%) on own data as CSV.
+"""Why the merged experts do or do not beat the unified model: five figures, and F1 (%) on own data as CSV.
 
 ``python -m experiments.diagnosis MAIN_TABLE.csv OWN_DATA_SWEEP --out DIR``: are the experts too weak, does merging lose
 them (both on the experts' own data, a sweep of ``experiment=own_data``), is the selection wrong, does the union cost
-precision (both on the targets, from ``experiments.main_table``)?
+precision, are the models silent (these on the targets, from ``experiments.main_table``)?
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def targets_of(path: Path, metric: str = "f1") -> Bars:
     return found
 
 
-def plot_bars(bars: Mapping[str, Mapping[str, float]], series: Sequence[str], title: str) -> Figure:
+def plot_bars(
+    bars: Mapping[str, Mapping[str, float]], series: Sequence[str], title: str, label: str = "F1 (%)"
+) -> Figure:
     """Grouped bars: a colour a series, in the order given."""
     groups = list(bars[series[0]])
     figure, axes = plt.subplots(figsize=(1.6 + 1.15 * len(groups), 3.4), layout="constrained")
@@ -79,7 +81,7 @@ def plot_bars(bars: Mapping[str, Mapping[str, float]], series: Sequence[str], ti
             places, [bars[name][g] for g in groups], width * 0.92, label=name, color=COLOURS[number % len(COLOURS)]
         )
     axes.set_xticks(range(len(groups)), [g.removeprefix("crossner_") for g in groups])
-    axes.set_ylabel("F1 (%)")
+    axes.set_ylabel(label)
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.7)
@@ -107,7 +109,7 @@ def plot_precision_recall(
 
 
 def draw(table: Path, sources: Bars) -> dict[str, Figure]:
-    """The four figures by the question that each answers; ``sources``: of :func:`own_data`."""
+    """The five figures by the question that each answers; ``sources``: of :func:`own_data`."""
     targets = targets_of(table)
     merges = [name for name in ("top k by domain", "top k by gold F1 †", "all merged") if name in sources]
     picks = [
@@ -117,6 +119,7 @@ def draw(table: Path, sources: Bars) -> dict[str, Figure]:
     if "unified" not in targets or len(chosen) < 2:
         raise SamError(f"{table} lacks unified or SaM's two models; it is made by `python -m experiments.main_table`")
     systems = [n for n in ("unified", *chosen, "SaM", "SaMeco") if n in targets]
+    quiet = [n for n in ("unified", "experts, mean", "all merged", "SaM", "experts, union of all") if n in targets]
     return {
         "experts": plot_bars(sources, ["unified", OWN], "Are the experts too weak? On their own data"),
         "merge": plot_bars(sources, [OWN, *merges], "Does merging lose them? On their own data († saw gold labels)"),
@@ -124,6 +127,12 @@ def draw(table: Path, sources: Bars) -> dict[str, Figure]:
             targets, [*chosen, *picks], "Is the selection wrong? On the targets († saw gold labels)"
         ),
         "union": plot_precision_recall(targets_of(table, "precision"), targets_of(table, "recall"), systems),
+        "silence": plot_bars(
+            targets_of(table, "silent"),
+            quiet,
+            "Are they silent? On the targets",
+            "sentences with mentions in which nothing is found (%)",
+        ),
     }
 
 

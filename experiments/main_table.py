@@ -21,11 +21,17 @@ from typing import Any
 from experiments import bootstrap
 from experiments.bootstrap import Interval
 from experiments.collect import MEAN, Job, read_predictions
-from experiments.comparison import BASELINE, METHOD, RATIOS, Comparison, Row, compare
+from experiments.comparison import BASELINE, FAULTS, METHOD, RATIOS, Comparison, Row, compare
 from experiments.render import escape, records_csv
 from sam.errors import SamError
 from sam.prompts import align
 from sam.results import write_json, write_text
+
+PAIRS = (
+    *(("all", "mean"), ("random", "domain"), ("random", "sampling"), ("random", "all"), ("oracle", "random")),
+    *(("sam", "domain"), ("sam", "sampling"), ("sam", "random"), ("all_each, vote", "sam")),
+)
+"""Kinds of rows whose differences say what merging, the selection and the union are worth."""
 
 
 def published() -> list[dict[str, str]]:
@@ -41,7 +47,7 @@ def markdown(comparison: Comparison) -> str:
     unified, ours = comparison.rows[BASELINE], comparison.rows[METHOD]
     sizes = ", ".join(f"{t} {len(comparison.sentences[t])}" for t in comparison.targets)
     first = [[_name(r), *(_percent(comparison.f1(r, t), t == MEAN) for t in targets)] for r in rows]
-    head = ["P", "R", "F1", "span F1", "unparsable %", "hallucinated %", "seconds"]
+    head = ["P", "R", "F1", "span F1", *(f"{fault} %" for fault in FAULTS), "seconds"]
     second = [[_name(r), *_pooled(comparison, r)] for r in rows]
     third = []
     for row in rows:
@@ -60,11 +66,13 @@ def markdown(comparison: Comparison) -> str:
         "method, and no upper bound. "
         f"Commit {', '.join(comparison.commits)}.",
         _table(["system", *targets], first),
-        "Means over the targets; seconds of merging and decoding a target, all models of the system, where it was "
-        "decoded (beside the answers of its siblings, which make it cheaper); without those of the selection.",
+        "Means over the targets; silent: sentences with mentions in which nothing was found; seconds of merging and "
+        "decoding a target, all models of the system, where it was decoded (beside the answers of its siblings, which "
+        "make it cheaper); without those of the selection.",
         _table(["system", *head], second),
         "F1 minus that of the unified model, mean over the targets: in points, and in % of the unified model's.",
         _table(["system", "points", "%"], third),
+        *_pairs(comparison),
         f"{METHOD} minus the unified model, by target.",
         _table([METHOD, *targets], fourth),
         "Published zero-shot F1, by models of other sizes that were trained on other data: to place the numbers, not "
@@ -74,21 +82,29 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _pairs(comparison: Comparison) -> list[str]:
+    """The table of PAIRS that are there, with what it says."""
+    kinds = {row.kind: row for row in comparison.rows.values()}
+    found = [(kinds[a], kinds[b]) for a, b in PAIRS if {a, b} <= set(kinds)]
+    lines = [[f"{_name(a)} minus {_name(b)}", _percent(comparison.against(a, b, MEAN)[0])] for a, b in found]
+    said = "F1 of one system minus that of another, mean over the targets, in points."
+    return [said, _table(["systems", "points"], lines)] if lines else []
+
+
 def _published_table(targets: Sequence[str]) -> str:
     columns = ["model", "size", *targets, "source"]
     return _table(columns, [[line.get(column) or "–" for column in columns] for line in published()])
 
 
 def _pooled(comparison: Comparison, row: Row) -> list[str]:
-    figures = {name: comparison.figure(row, MEAN, name) for name in (*RATIOS, "unparsable", "hallucinated", "seconds")}
+    figures = {name: comparison.figure(row, MEAN, name) for name in (*RATIOS, *FAULTS, "seconds")}
     f1 = comparison.f1(row, MEAN).value
     shown = [
         figures["precision"],
         figures["recall"],
         f1,
         figures["span_f1"],
-        figures["unparsable"],
-        figures["hallucinated"],
+        *(figures[fault] for fault in FAULTS),
     ]
     return [
         *(f"{100 * value:.1f}" for value in shown),
@@ -147,10 +163,7 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
                     "f1": f1.value,
                     "f1_low": f1.low,
                     "f1_high": f1.high,
-                    **{
-                        n: comparison.figure(row, target, n)
-                        for n in ("span_f1", "unparsable", "hallucinated", "seconds")
-                    },
+                    **{n: comparison.figure(row, target, n) for n in ("span_f1", *FAULTS, "seconds")},
                     "minus_unified": absolute.value,
                     "minus_unified_low": absolute.low,
                     "minus_unified_high": absolute.high,

@@ -55,10 +55,10 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "main_table.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["system", "target", "uses_gold", "precision", "recall", "f1"])
+        writer.writerow(["system", "target", "uses_gold", "precision", "recall", "f1", "silent"])
         for n, system in enumerate(["unified", "SaM, domain only", "SaM, sampling only", "random 3", "SaM", "SaMeco"]):
             for target in ("crossner_ai", "mean"):
-                writer.writerow([system, target, system == "random 3", 0.1 * n, 0.05 * n, 0.07 * n])
+                writer.writerow([system, target, system == "random 3", 0.1 * n, 0.05 * n, 0.07 * n, 0.1])
     return path
 
 
@@ -71,11 +71,13 @@ def test_own_data_takes_each_domains_own_expert(own: Path) -> None:
 
 def test_figures_hold_the_numbers(own: Path, table: Path) -> None:
     figures: Any = draw(table, own_data(own))
-    assert list(figures) == ["experts", "merge", "selection", "union"]
+    assert list(figures) == ["experts", "merge", "selection", "union", "silence"]
     bars = figures["experts"].axes[0].containers
     assert [[bar.get_height() for bar in series] for series in bars] == [[50.0] * 3, [60.0, 40.0, 50.0]]
     heights = [[bar.get_height() for bar in series] for series in figures["selection"].axes[0].containers]
     assert [h[0] for h in heights] == pytest.approx([7.0, 14.0, 21.0])
+    heights = [[bar.get_height() for bar in series] for series in figures["silence"].axes[0].containers]
+    assert heights == [[10.0, 10.0]] * 2  # unified and SaM
     points = [c.get_offsets().tolist() for c in figures["union"].axes[0].collections]
     assert points[0] == [[0.0, 0.0]] and points[-1][0] == pytest.approx([25.0, 50.0])
 
@@ -84,7 +86,9 @@ def test_files_are_the_same_again(own: Path, table: Path, tmp_path: Path) -> Non
     for name in "ab":
         assert main([str(table), str(own), "--out", str(tmp_path / name)]) == 0
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == [f"diagnosis_{n}.svg" for n in ("experts", "merge", "selection", "union")] + ["own_data.csv"]
+    assert files == [f"diagnosis_{n}.svg" for n in ("experts", "merge", "selection", "silence", "union")] + [
+        "own_data.csv"
+    ]
     head, *rows = (tmp_path / "a" / "own_data.csv").read_text().splitlines()
     assert head.startswith("F1 (%) of,") and head.endswith(",mean,sentences a set,commit")
     assert len(rows) == len(own_data(own))

@@ -16,7 +16,7 @@ import pytest
 
 from experiments import bootstrap
 from experiments.collect import MEAN, load_jobs
-from experiments.comparison import compare
+from experiments.comparison import Outcome, compare
 from experiments.main_table import latex, main, markdown, published, textless
 from sam.errors import SamError
 from tests.tiny import one_line
@@ -128,7 +128,14 @@ def test_rows_and_their_figures(sweep: Path) -> None:
     assert absolute.value == pytest.approx(6 / 7 - 0.5) and relative.value == pytest.approx((6 / 7 - 0.5) / 0.5)
     assert [row.label for row in found.rows.values() if row.gold] == ["experts, best", "top k by gold F1"]
     assert found.figure(found.rows["unified"], MEAN, "unparsable") == 0.5
+    assert found.figure(found.rows["unified"], MEAN, "silent") == 0.0
     assert found.figure(found.rows["SaM"], "a", "seconds") == 10.0  # two models: 1 s, and 2 s for half of the answers
+
+
+def test_silence_is_counted_where_there_is_something_to_find() -> None:
+    outcome = Outcome()
+    outcome.add(np.array([[0, 0, 1, 0], [0, 2, 1, 0], [1, 2, 1, 0]], dtype=float), {})
+    assert outcome.mean("silent") == pytest.approx(1 / 3)
 
 
 def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +165,8 @@ def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: p
 def test_markdown_and_latex_name_all_rows_and_mark_gold(sweep: Path) -> None:
     found = compare(sweep)
     text = markdown(found)
+    assert "| SaM minus SaM" not in text and "| SaM minus random 3 | 1.2 [1.2, 1.2] |" in text
+    assert "| top k by gold F1 † minus random 3 |" in text
     assert "| top k by gold F1 † |" in text and "| SaM | 85.7 |" in text and "| GNER-T5-base | 248M |" in text
     assert r"unified, one expert's budget & 50.0" in latex(found) and r"$^\dagger$" in latex(found)
 
