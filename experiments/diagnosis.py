@@ -59,10 +59,12 @@ def own_data(folder: Path) -> Bars:
 
 
 def targets_of(path: Path, metric: str = "f1") -> Bars:
-    """A metric (%) of each system on each target, from the CSV of the main comparison."""
+    """A metric (%) of each system on each target, from the CSV of the main comparison. SamError if it is not there."""
     found: Bars = {}
     with path.open(encoding="utf-8") as file:
         for record in csv.DictReader(file):
+            if metric not in record:
+                raise SamError(f"{path} has no column {metric}; make it anew by `python -m experiments.main_table`")
             name = record["system"] + (" †" if record["uses_gold"] == "True" else "")
             found.setdefault(name, {})[record["target"]] = 100 * float(record[metric])
     return found

@@ -29,7 +29,7 @@ from sam.results import write_json, write_text
 
 PAIRS = (
     *(("all", "mean"), ("random", "domain"), ("random", "sampling"), ("random", "all"), ("oracle", "random")),
-    *(("sam", "domain"), ("sam", "sampling"), ("sam", "random"), ("all_each, vote", "sam")),
+    *(("sam", "domain"), ("sam", "sampling"), ("sam", "random"), ("sam", "each"), ("all_each, vote", "sam")),
 )
 """Kinds of rows whose differences say what merging, the selection and the union are worth."""
 

@@ -108,6 +108,8 @@ def test_missing_jobs_and_other_targets_are_named(
     assert "no expert named 'movie'" in one_line(error)
     assert main([str(tmp_path / "none.csv"), str(own), "--out", str(tmp_path)]) == 2
     assert "none.csv" in capsys.readouterr().err
+    (tmp_path / "old.csv").write_text("system,target,uses_gold,f1\nunified,mean,False,0.1\n")
+    assert main([str(tmp_path / "old.csv"), str(own), "--out", str(tmp_path)]) == 2
     shutil.copytree(own / "all", own / "again")
     with pytest.raises(SamError) as error:
         own_data(own)

@@ -179,6 +179,7 @@ def test_what_does_not_compare_is_refused(sweep: Path, tmp_path: Path, capsys: p
         "twice": "two jobs of all merged with one seed",
         "expert": "legal is no row of the main comparison",
         "trained": "had other weights of expert news; run both anew",
+        "unsaid": "does not say its experts' weights",
     }.items():
         root = Path(shutil.copytree(sweep, tmp_path / change))
         both = {"a": {"all": 1}, "b": {"all": 1}}
@@ -186,8 +187,11 @@ def test_what_does_not_compare_is_refused(sweep: Path, tmp_path: Path, capsys: p
         if change == "k":
             edit(root / "all-0", lambda result: result["config"].update(k=2))
         if change == "trained":
-            edit(root / "all-0", lambda result: result.update(experts={"news": "1" * 8, "stem": "2" * 8}))
-            edit(root / "sam-0", lambda result: result.update(experts={"news": "3" * 8, "stem": "2" * 8}))
+            for path in root.glob("*/result.json"):
+                news = "3" * 8 if path.parent.name == "sam-0" else "1" * 8
+                edit(path.parent, lambda result, news=news: result.update(experts={"news": news, "stem": "2" * 8}))
+        if change == "unsaid":
+            edit(root / "sam-0", lambda result: result.update(experts={"news": "1" * 8}))
         if change == "twice":
             shutil.copytree(root / "all-0", root / "again")
         if change == "expert":
