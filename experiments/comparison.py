@@ -30,6 +30,7 @@ LABELS = {
     "all_each, vote": "all merged or two experts",
     "all": "all merged",
     "random": "random",
+    "random_pair": "union of two random",
     "domain": "SaM, domain only",
     "sampling": "SaM, sampling only",
     "sam": METHOD,
@@ -38,7 +39,7 @@ LABELS = {
 }
 ORDER = (
     *("unified", "unified_small", "expert", "mean", "best", "each", "each, vote", "random", "all", "all_each, vote"),
-    *("domain", "sampling", "sam", "sameco", "oracle"),
+    *("random_pair", "domain", "sampling", "sam", "sameco", "oracle"),
 )
 ENOUGH = 0.25
 """The least share of a model's answers that must have been decoded in a job for its seconds to say anything."""
@@ -211,7 +212,8 @@ def _label(job: Job, result: Mapping[str, Any]) -> tuple[str, str]:
         kind += f", {job.config['combine.rule']}"
     if kind not in ORDER:
         raise SamError(f"{job.folder}: {kind} is no row of the main comparison; move the job away")
-    return LABELS.get(kind, kind) + (f" {job.config['k']}" if kind == "random" else ""), kind
+    drawn = kind in ("random", "random_pair")
+    return LABELS.get(kind, kind) + (f" {job.config['k']}" if drawn else ""), kind
 
 
 def _row(comparison: Comparison, label: str, kind: str) -> Row:

@@ -76,6 +76,12 @@ def _random(query: Query) -> dict[str, Selection]:
     return {"random": Selection("random", tuple(drawn), {})}
 
 
+def _random_pair(query: Query) -> dict[str, Selection]:
+    """What sam is to be compared with: two models as well, of experts drawn by chance; the first is that of random."""
+    drawn = rng("random_pair", query.seed, query.target.name).sample(sorted(query.names), query.k)
+    return {**_random(query), "random_second": Selection("random_pair", tuple(drawn), {})}
+
+
 def _all(query: Query) -> dict[str, Selection]:
     return {"all": Selection("all", tuple(query.names), {})}
 
@@ -113,6 +119,7 @@ SELECTORS: dict[str, Selector] = {
     "domain": Selector(_domain),
     "sampling": Selector(_sampling, uses_sample=True),
     "random": Selector(_random),
+    "random_pair": Selector(_random_pair),
     "all": Selector(_all, uses_k=False),
     "each": Selector(_each, uses_k=False),
     "all_each": Selector(_all_each, uses_k=False),

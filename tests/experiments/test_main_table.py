@@ -101,6 +101,7 @@ def sweep(tmp_path: Path) -> Path:
     write_run(root, "each", {"a": {"news": 1, "stem": 2}, "b": {"news": 2, "stem": 1}}, rule="vote")
     write_run(root, "random", {"a": {"random": 1}, "b": {"random": 1}}, seed=0)
     write_run(root, "random", {"a": {"random": 3}, "b": {"random": 3}}, seed=1)
+    write_run(root, "random_pair", {"a": {"random": 1, "second": 3}, "b": {"random": 1, "second": 3}}, seed=0)
     write_run(root, "sam", {"a": {"domain": 1, "sampling": 3}, "b": {"domain": 1, "sampling": 2}})
     write_run(root, "oracle", {"a": {"oracle": 3}, "b": {"oracle": 3}})
     return root
@@ -110,7 +111,14 @@ def test_rows_and_their_figures(sweep: Path) -> None:
     found = compare(sweep)
     assert list(found.rows) == [
         *("unified", "unified, one expert's budget", "expert news", "expert stem", "experts, mean", "experts, best"),
-        *("experts, union of all", "experts, two votes", "random 3", "SaM", "top k by gold F1"),
+        *(
+            "experts, union of all",
+            "experts, two votes",
+            "random 3",
+            "union of two random 3",
+            "SaM",
+            "top k by gold F1",
+        ),
     ]
 
     def f1(row: str, target: str) -> float:
@@ -166,7 +174,8 @@ def test_markdown_and_latex_name_all_rows_and_mark_gold(sweep: Path) -> None:
     found = compare(sweep)
     text = markdown(found)
     assert "| SaM minus SaM" not in text and "| SaM minus random 3 | 1.2 [1.2, 1.2] |" in text
-    assert "| top k by gold F1 † minus random 3 |" in text
+    assert "| top k by gold F1 † minus random 3 |" in text and "| SaM minus experts, union of all |" in text
+    assert "| SaM minus union of two random 3 |" in text
     assert "| top k by gold F1 † |" in text and "| SaM | 85.7 |" in text and "| GNER-T5-base | 248M |" in text
     assert r"unified, one expert's budget & 50.0" in latex(found) and r"$^\dagger$" in latex(found)
 

@@ -142,6 +142,19 @@ def test_random_depends_on_seed_and_target_alone(query: MakeQuery) -> None:
     assert len({drawn(0, name) for name in "abcdefghij"}) > 3
 
 
+def test_a_random_pair_is_the_random_draw_and_another(query: MakeQuery) -> None:
+    def drawn(seed: int, k: int = 2) -> dict[str, tuple[str, ...]]:
+        found = select("random_pair", query(silent, Unused(), seed=seed, k=k))
+        return {name: selection.experts for name, selection in found.items()}
+
+    for seed in range(5):
+        assert list(drawn(seed)) == ["random", "random_second"]
+        assert drawn(seed)["random"] == select("random", query(silent, Unused(), seed=seed, k=2))["random"].experts
+        assert all(len(set(experts)) == 3 for experts in drawn(seed, k=3).values())
+    assert sum(set(a) != set(b) for a, b in (drawn(seed).values() for seed in range(20))) > 10
+    assert len({drawn(seed)["random_second"] for seed in range(20)}) > 5
+
+
 def test_all_and_named_take_what_they_are_given(query: MakeQuery) -> None:
     assert select("all", query(silent, Unused(), k=1))["all"].experts == NAMES
     each = select("each", query(silent, Unused(), k=1))
