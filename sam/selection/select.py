@@ -71,15 +71,18 @@ def _sameco(query: Query) -> dict[str, Selection]:
     return {"sameco": Selection.top("sameco", ranking, query.k)}
 
 
+def _drawn(query: Query, selector: str) -> Selection:
+    drawn = rng(selector, query.seed, query.target.name).sample(sorted(query.names), query.k)
+    return Selection(selector, tuple(drawn), {})
+
+
 def _random(query: Query) -> dict[str, Selection]:
-    drawn = rng("random", query.seed, query.target.name).sample(sorted(query.names), query.k)
-    return {"random": Selection("random", tuple(drawn), {})}
+    return {"random": _drawn(query, "random")}
 
 
 def _random_pair(query: Query) -> dict[str, Selection]:
     """What sam is to be compared with: two models as well, of experts drawn by chance; the first is that of random."""
-    drawn = rng("random_pair", query.seed, query.target.name).sample(sorted(query.names), query.k)
-    return {**_random(query), "random_second": Selection("random_pair", tuple(drawn), {})}
+    return {**_random(query), "random_second": _drawn(query, "random_pair")}
 
 
 def _all(query: Query) -> dict[str, Selection]:
