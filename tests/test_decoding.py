@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from transformers import (
     GptOssForCausalLM,
     LagunaConfig,
     LagunaForCausalLM,
+    LogitsProcessor,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -55,6 +57,9 @@ class Numbers:
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         return self._tokenizer(text, **options)
 
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
+
     def convert_ids_to_tokens(self, token: int) -> str | None:
         return self._tokenizer.convert_ids_to_tokens(token)
 
@@ -72,7 +77,9 @@ def numbers(base: Base, stop_ids: Sequence[int] | None = None, model: Any = None
     )
 
 
-def oracle(base: Base, text: str, limit: int, types: Sequence[str] = TYPES) -> Answer:
+def oracle(
+    base: Base, text: str, limit: int, types: Sequence[str] = TYPES, processor: LogitsProcessor | None = None
+) -> Answer:
     """What ``generate`` gives for the whole prompt of one sentence, in one piece."""
     prompt = base.tokenizer(prompts.prefix(types), add_special_tokens=True).input_ids
     prompt = prompt + base.tokenizer(prompts.suffix(text), add_special_tokens=False).input_ids
@@ -84,6 +91,7 @@ def oracle(base: Base, text: str, limit: int, types: Sequence[str] = TYPES) -> A
         max_new_tokens=limit,
         eos_token_id=list(base.stop_ids),
         pad_token_id=base.stop_ids[0],
+        logits_processor=[processor] if processor else [],
     )
     new = out[0, len(prompt) :].tolist()
     ended = new[-1] in base.stop_ids
@@ -205,6 +213,51 @@ def test_rows_leave_when_they_end_and_others_take_their_place(stopping: Base) ->
         rows = [i for i in rows if left[i]]
     assert tokens[1:] == expected  # the first is the prefix
     assert len(expected) > 3
+
+
+def test_prefixes_are_run_together_as_far_as_a_pass_holds_them(stopping: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [TYPES, ["court"], [f"kind {n}" for n in range(9)]]
+    parts = [(prompts.prefix(kind), prompts.suffix(text)) for kind in kinds for text in TEXTS[:2]]
+    sizes = [len(stopping.tokenizer(prompts.prefix(kind)).input_ids) for kind in kinds]
+    expected = [oracle(stopping, text, 9, kind) for kind in kinds for text in TEXTS[:2]]
+    with passes(stopping) as tokens:
+        assert decode_prompts(stopping, parts, DecodeSpec(9, 6)) == expected
+    assert tokens[0] == ragged.rounded(sum(sizes))
+    monkeypatch.setattr(greedy, "ADMIT", sum(sizes[:2]))
+    with passes(stopping) as tokens:
+        assert decode_prompts(stopping, parts, DecodeSpec(9, 1)) == expected
+    assert tokens[0] == ragged.rounded(sum(sizes[:2])) and ragged.rounded(sizes[2]) in tokens[1:]
+
+
+class Penalty(LogitsProcessor):
+    """Takes ``size`` off the logits of ``tokens``."""
+
+    def __init__(self, tokens: Sequence[int], size: float) -> None:
+        self.tokens, self.size = list(tokens), size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.tokens] -= self.size
+        return scores
+
+
+def test_tokens_that_end_an_answer_or_a_list(smollm: Base) -> None:
+    ends = set(greedy.endings(smollm.tokenizer))
+    texts = {" {}": [" {}"], ' {"a": ["b", "c."], "d": ["e"]}': ['"]', "}"], ' {"a": ["b."]}': ["]}"]}
+    for answer, last in texts.items():
+        ids = smollm.tokenizer(answer).input_ids
+        assert [smollm.tokenizer.decode([i]) for i in ids if i in ends] == last
+    assert not ends & set(smollm.stop_ids)
+
+
+@pytest.mark.parametrize("penalty", [2.0, -2.0])
+def test_a_penalty_on_ends_is_that_of_generate(tiny: Base, monkeypatch: pytest.MonkeyPatch, penalty: float) -> None:
+    free = [list(map(int, oracle(numbers(tiny), text, 20).text.split())) for text in TEXTS]
+    usual = sorted({row[n] for row in free for n in (0, 3, 7)})
+    monkeypatch.setattr(greedy, "endings", lambda tokenizer: usual)
+    spec = DecodeSpec(20, 4, "exact", end_penalty=penalty)
+    found = decode(numbers(tiny), TYPES, TEXTS, spec)
+    assert found == [oracle(numbers(tiny), t, 20, processor=Penalty(usual, penalty)) for t in TEXTS]
+    assert found != decode(numbers(tiny), TYPES, TEXTS, DecodeSpec(20, 4, "exact"))
 
 
 def test_progress_counts_answers(stopping: Base) -> None:
@@ -373,6 +426,10 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
             dict(stream(smollm, parts, DecodeSpec(8, size, mode), drafter))
             found.append(dict(seen))
             seen.clear()
+        for start in (0, 1):  # each prefix by itself; the rows' places in ``parts`` are other ones then
+            dict(stream(smollm, parts[start::2], DecodeSpec(8, 3, mode), Drafter()))
+            found.append({(2 * index + start, *made): logits for (index, *made), logits in seen.items()})
+            seen.clear()
     for other in found[1:]:
         shared = set(found[0]) & set(other)
         assert len(shared) > 30
@@ -428,6 +485,9 @@ def test_spec_from_config() -> None:
     assert DecodeSpec.from_config({"max_new_tokens": 5, "batch_size": 2, "mode": "exact"}) == DecodeSpec(5, 2, "exact")
     with pytest.raises(SamError, match=r"decode.mode=slow is unknown; allowed: exact, fast"):
         DecodeSpec.from_config({"mode": "slow"})
+    for penalty in (True, math.inf, "much"):
+        with pytest.raises(SamError, match=f"decode.end_penalty={penalty} must be a finite number"):
+            DecodeSpec.from_config({"end_penalty": penalty})
     for bad in ({"max_new_tokens": 0}, {"batch_size": -1}):
         with pytest.raises(SamError, match="must be at least 1"):
             DecodeSpec.from_config(bad)

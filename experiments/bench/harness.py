@@ -184,18 +184,25 @@ def measured(work: Callable[[], Any]) -> Callable[[], Figures]:
 
 
 def machine(device: str = "auto") -> dict[str, Any]:
-    """What the figures were taken on; ``slug`` names it in file names. ``device``: cpu, cuda, or auto (cuda if any)."""
+    """What the figures were taken on; ``slug`` names it in file names. ``device``: cpu, cuda, or auto (cuda if any).
+
+    One name stands for processors of several generations, so a CPU's slug has its instructions too.
+    """
     import torch
+
+    from sam.base import multiplies_bf16
 
     cuda = device != "cpu" and torch.cuda.is_available()
     cpu, cores = _cpu_model(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shown = torch.cuda.get_device_name() if cuda else f"cpu {cores} {cpu}"
+    instructions = torch.backends.cpu.get_cpu_capability() + (" bf16" if multiplies_bf16() else "")
+    shown = torch.cuda.get_device_name() if cuda else f"cpu {cores} {cpu} {instructions}"
     return {
         "slug": re.sub(r"[^a-z0-9]+", "-", shown.lower()).strip("-"),
         "device": "cuda" if cuda else "cpu",
         "cores": cores,
         "threads": torch.get_num_threads(),
         "cpu": cpu,
+        "instructions": instructions,
         "gpu": shown if cuda else None,
         "system": f"{platform.system()} {platform.machine()}",
     }

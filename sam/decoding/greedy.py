@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +125,7 @@ class _Run:
         self.base, self.spec, self.drafter = base, spec, drafter
         self.texts, self.earlier = [text for _, text in parts], earlier
         self.language = Language(base.tokenizer, base.stop_ids)
+        self.ends = endings(base.tokenizer) if spec.end_penalty else []
         heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
         self.prefixes = [_ids(base, prefix, special=True) for prefix in heads]
         waiting = []
@@ -139,7 +142,7 @@ class _Run:
         )
         slots = max(len(self.prefixes[row.prefix]) + len(row.suffix) for row in waiting) + spec.max_new_tokens
         self.cache = KeyValues(min(spec.batch_size, len(parts)), slots)
-        self.shared: tuple[int, KeyValues] | None = None  # the latest prefix, run once for all rows that begin with it
+        self.shared: dict[int, tuple[KeyValues, int]] = {}  # prefix -> where it was run, once for all rows with it
         self._ended: list[_Row] = []
 
     def step(self) -> None:
@@ -160,6 +163,8 @@ class _Run:
             keep += range(at - len(row.draft) - 1, at)
         rows = [Row(len(row.feed()), row.past) for row in self.rows]
         logits = self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep)
+        if self.ends:
+            logits[:, self.ends] -= self.spec.end_penalty
         likeliest = logits.argmax(-1).tolist()
         at = 0
         for row in self.rows:
@@ -191,7 +196,8 @@ class _Run:
             row = self.waiting.pop()
             row.past = len(self.prefixes[row.prefix])
             row.memory = self._memory(row)
-            self.cache.copy_from(self._prefix(row.prefix), len(self.rows) + len(new), row.past)
+            heads, source = self._prefix(row.prefix)
+            self.cache.copy_from(heads, source, len(self.rows) + len(new), row.past)
             new.append(row)
         return new
 
@@ -201,14 +207,20 @@ class _Run:
         known = [*_ids(self.base, earlier), self.base.stop_ids[0]] if earlier else []
         return Memory(self.language, self.texts[row.index], row.suffix, known)
 
-    def _prefix(self, number: int) -> KeyValues:
-        """Keys and values of a prefix, run by itself."""
-        if self.shared is None or self.shared[0] != number:
-            ids = self.prefixes[number]
-            alone = KeyValues(1, len(ids))
-            self._forward(alone, [Row(len(ids), 0)], ids, [len(ids) - 1])
-            self.shared = (number, alone)
-        return self.shared[1]
+    def _prefix(self, number: int) -> tuple[KeyValues, int]:
+        """Keys and values of a prefix, and their row; prefixes whose rows come next are run in the same pass."""
+        if number not in self.shared:
+            together, size = [number], len(self.prefixes[number])
+            for other in range(number + 1, len(self.prefixes)):
+                size += len(self.prefixes[other])
+                if size > ADMIT:
+                    break
+                together.append(other)
+            ids = [self.prefixes[n] for n in together]
+            heads = KeyValues(len(ids), max(map(len, ids)))
+            self._forward(heads, [Row(len(i), 0) for i in ids], [t for i in ids for t in i], [0])
+            self.shared = {n: (heads, row) for row, n in enumerate(together)}
+        return self.shared[number]
 
     def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> Tensor:
         """Run ``ids`` through the model; returns the logits [len(keep), vocabulary] after those at ``keep``."""
@@ -252,6 +264,15 @@ def _worth(rows: int, device: str) -> float:
     A pass has a cost of its own, that a row's share of falls with the number of rows; then each token has one.
     """
     return 0.05 if device != "cpu" else 1 / (1.4 + 48 / rows)
+
+
+@lru_cache(maxsize=1)
+def endings(tokenizer: Any) -> list[int]:
+    """The tokens with which an answer ends, or its last list: ``{}``, ``"]``, ``}`` and the like.
+
+    Lists before the last end in ``"],``; where a tokenizer writes the comma apart, their ends are among these too.
+    """
+    return sorted(token for piece, token in tokenizer.get_vocab().items() if "}" in piece or piece.endswith("]"))
 
 
 def _ids(base: Base, text: str, special: bool = False) -> list[int]:

@@ -55,12 +55,12 @@ class KeyValues:
             keys[to, :, :, :slots] = keys[source, :, :, :slots]
             values[to, :, :slots] = values[source, :, :slots]
 
-    def copy_from(self, other: KeyValues, to: int, slots: int) -> None:
-        """Copy the first ``slots`` of the first row of ``other`` into a row here."""
+    def copy_from(self, other: KeyValues, source: int, to: int, slots: int) -> None:
+        """Copy the first ``slots`` of row ``source`` of ``other`` into a row here."""
         for index, (their_keys, their_values) in other._layers.items():
             keys, values = self.layer(index, their_keys[..., 0], their_values[:, :, 0])
-            keys[to, :, :, :slots] = their_keys[0, :, :, :slots]
-            values[to, :, :slots] = their_values[0, :, :slots]
+            keys[to, :, :, :slots] = their_keys[source, :, :, :slots]
+            values[to, :, :slots] = their_values[source, :, :slots]
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
