@@ -1,0 +1,212 @@
+"""Batched greedy decoding against transformers' own ``generate`` on one unpadded sentence at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessor,
+)
+
+from sam import prompts
+from sam.base import Base
+from sam.decoding import DecodeSpec, greedy, ragged
+from sam.decoding.drafts import Drafter, Memory
+from sam.decoding.greedy import Answer, decode, decode_prompts, stream
+from sam.errors import SamError
+from tests.decoding.oracle import TEXTS, TYPES, Silent, lengths, numbers, oracle, passes
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 32])
+def test_tokens_are_those_of_generate_at_every_batch_size(stopping: Base, size: int) -> None:
+    answers = decode(stopping, TYPES, TEXTS, DecodeSpec(30, size))
+    assert answers == [oracle(stopping, text, 30) for text in TEXTS]
+    assert len(set(lengths(answers))) > 4 and {a.truncated for a in answers} == {True, False}
+
+
+def test_order_of_texts_and_company_are_irrelevant(stopping: Base) -> None:
+    spec = DecodeSpec(30, 4)
+    answers = dict(zip(TEXTS, decode(stopping, TYPES, TEXTS, spec), strict=True))
+    assert decode(stopping, TYPES, TEXTS[::-1], spec) == [answers[t] for t in TEXTS[::-1]]
+    assert decode(stopping, TYPES, TEXTS[3:6] * 3, spec) == [answers[t] for t in TEXTS[3:6]] * 3
+
+
+def test_types_change_answers(stopping: Base) -> None:
+    assert decode(stopping, ["court"], TEXTS, DecodeSpec(30)) == [oracle(stopping, t, 30, ["court"]) for t in TEXTS]
+    assert decode(stopping, ["court"], TEXTS, DecodeSpec(30)) != decode(stopping, TYPES, TEXTS, DecodeSpec(30))
+
+
+def test_text_is_decoded_without_special_tokens(tiny: Base) -> None:
+    assert decode(tiny, TYPES, TEXTS[:4], DecodeSpec(20)) == [oracle(tiny, t, 20) for t in TEXTS[:4]]
+
+
+def test_truncated_means_that_no_stop_token_came(tiny: Base) -> None:
+    full = oracle(numbers(tiny), TEXTS[0], 8).text.split()
+    last = int(full[-1])
+    assert last not in map(int, full[:-1])
+    base = numbers(tiny, stop_ids=[last])
+    # The eighth token ends the answer: seven are too few to see it, eight suffice.
+    assert decode(base, TYPES, TEXTS[:1], DecodeSpec(7)) == [Answer(" ".join(full[:7]), True)]
+    assert decode(base, TYPES, TEXTS[:1], DecodeSpec(8)) == [Answer(" ".join(full[:7]), False)]
+
+
+def test_an_answer_may_be_empty(tiny: Base) -> None:
+    first = int(oracle(numbers(tiny), TEXTS[0], 1).text)
+    assert decode(numbers(tiny, stop_ids=[first]), TYPES, TEXTS[:1], DecodeSpec(5)) == [Answer("", False)]
+
+
+def test_nothing_to_decode_asks_nothing(tiny: Base) -> None:
+    assert decode(dataclasses.replace(tiny, model=None), TYPES, [], DecodeSpec()) == []
+
+
+class Fixed(Drafter):
+    """Guesses what ``known`` says follows the answer so far, whatever the chance."""
+
+    def __init__(self, known: Callable[[list[int]], list[int]]) -> None:
+        super().__init__()
+        self.known = known
+
+    def guess(self, memory: Memory, room: int, least: float) -> list[int]:
+        memory.sources = []
+        return self.known(memory.context)[:room]
+
+
+def streamed(base: Base, spec: DecodeSpec, drafter: Drafter, texts: Sequence[str] = TEXTS) -> list[Answer]:
+    parts = [(prompts.prefix(TYPES), prompts.suffix(text)) for text in texts]
+    found = dict(stream(base, parts, spec, drafter))
+    return [found[i] for i in range(len(texts))]
+
+
+def test_rows_leave_when_they_end_and_others_take_their_place(stopping: Base) -> None:
+    with passes(stopping) as tokens:
+        answers = streamed(stopping, DecodeSpec(30, 4), Silent())
+    left = [n + (not a.truncated) for n, a in zip(lengths(answers), answers, strict=True)]
+    # Longest prompt first; a row that has ended makes room for the next one at once.
+    suffixes = [len(stopping.tokenizer(prompts.suffix(t), add_special_tokens=False).input_ids) for t in TEXTS]
+    waiting = sorted(range(len(TEXTS)), key=lambda i: (-suffixes[i], i))
+    rows: list[int] = []
+    expected: list[int] = []
+    while waiting or rows:
+        count = len(rows)
+        while waiting and len(rows) < 4:
+            rows.append(waiting.pop(0))
+            count += suffixes[rows[-1]]
+        expected.append(-(-count // 16) * 16)  # filled up to multiples of 16
+        for i in rows:
+            left[i] -= 1
+        rows = [i for i in rows if left[i]]
+    assert tokens[1:] == expected  # the first is the prefix
+    assert len(expected) > 3
+
+
+def test_prefixes_are_run_together_as_far_as_a_pass_holds_them(stopping: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [TYPES, ["court"], [f"kind {n}" for n in range(9)]]
+    parts = [(prompts.prefix(kind), prompts.suffix(text)) for kind in kinds for text in TEXTS[:2]]
+    sizes = [len(stopping.tokenizer(prompts.prefix(kind)).input_ids) for kind in kinds]
+    expected = [oracle(stopping, text, 9, kind) for kind in kinds for text in TEXTS[:2]]
+    with passes(stopping) as tokens:
+        assert decode_prompts(stopping, parts, DecodeSpec(9, 6)) == expected
+    assert tokens[0] == ragged.rounded(sum(sizes))
+    monkeypatch.setattr(greedy, "ADMIT", sum(sizes[:2]))
+    with passes(stopping) as tokens:
+        assert decode_prompts(stopping, parts, DecodeSpec(9, 1)) == expected
+    assert tokens[0] == ragged.rounded(sum(sizes[:2])) and ragged.rounded(sizes[2]) in tokens[1:]
+
+
+class Penalty(LogitsProcessor):
+    """Takes ``size`` off the logits of ``tokens``."""
+
+    def __init__(self, tokens: Sequence[int], size: float) -> None:
+        self.tokens, self.size = list(tokens), size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.tokens] -= self.size
+        return scores
+
+
+def test_tokens_that_end_an_answer_or_a_list(smollm: Base) -> None:
+    ends = set(greedy.endings(smollm.tokenizer))
+    texts = {" {}": [" {}"], ' {"a": ["b", "c."], "d": ["e"]}': ['"]', "}"], ' {"a": ["b."]}': ["]}"]}
+    for answer, last in texts.items():
+        ids = smollm.tokenizer(answer).input_ids
+        assert [smollm.tokenizer.decode([i]) for i in ids if i in ends] == last
+    assert not ends & set(smollm.stop_ids)
+
+
+@pytest.mark.parametrize("penalty", [2.0, -2.0])
+def test_a_penalty_on_ends_is_that_of_generate(tiny: Base, monkeypatch: pytest.MonkeyPatch, penalty: float) -> None:
+    free = [list(map(int, oracle(numbers(tiny), text, 20).text.split())) for text in TEXTS]
+    usual = sorted({row[n] for row in free for n in (0, 3, 7)})
+    monkeypatch.setattr(greedy, "endings", lambda tokenizer: usual)
+    spec = DecodeSpec(20, 4, "exact", end_penalty=penalty)
+    found = decode(numbers(tiny), TYPES, TEXTS, spec)
+    assert found == [oracle(numbers(tiny), t, 20, processor=Penalty(usual, penalty)) for t in TEXTS]
+    assert found != decode(numbers(tiny), TYPES, TEXTS, DecodeSpec(20, 4, "exact"))
+
+
+def test_progress_counts_answers(stopping: Base) -> None:
+    done: list[int] = []
+    decode(stopping, TYPES, TEXTS, DecodeSpec(2, 4), done.append)
+    assert done == [1] * len(TEXTS)
+
+
+def test_guesses_change_no_answer_and_right_ones_save_passes(stopping: Base) -> None:
+    spec = DecodeSpec(30, 10)
+    with passes(stopping) as without:
+        expected = streamed(stopping, spec, Silent())
+    known: dict[tuple[int, ...], list[int]] = {}
+    for text, answer in zip(TEXTS, expected, strict=True):
+        prompt = stopping.tokenizer(prompts.suffix(text), add_special_tokens=False).input_ids
+        known[tuple(prompt)] = list(map(int, answer.text.split()))
+
+    def right(context: list[int]) -> list[int]:
+        start = next(n for n in range(len(context), -1, -1) if tuple(context[:n]) in known)
+        return known[tuple(context[:start])][len(context) - start :][:7]
+
+    draw = random.Random(0)
+    with passes(stopping) as few:
+        assert streamed(stopping, spec, Fixed(right)) == expected
+    assert len(few) < len(without) / 4
+    assert streamed(stopping, spec, Fixed(lambda context: [draw.randrange(300) for _ in range(5)])) == expected
+    half = Fixed(lambda context: [*right(context)[:2], draw.randrange(300), *right(context)[3:]])
+    assert streamed(stopping, spec, half) == expected
+    assert streamed(stopping, spec, Drafter()) == expected
+
+
+def test_earlier_answers_are_guesses(stopping: Base, tiny: Base) -> None:
+    parts = [(prompts.prefix(TYPES), prompts.suffix(text)) for text in TEXTS]
+    spec = DecodeSpec(30, 10)
+    plain = dict(stream(tiny, parts, spec))
+    with passes(tiny) as before:
+        assert dict(stream(tiny, parts, spec, Drafter())) == plain
+    with passes(tiny) as after:
+        assert dict(stream(tiny, parts, spec, Drafter(), [plain[i].text for i in range(len(parts))])) == plain
+    assert len(after) < len(before)
+    assert dict(stream(tiny, parts, spec, Drafter(), ["nonsense"] * len(parts))) == plain
+
+
+def test_an_empty_prompt_is_refused(tiny: Base) -> None:
+    for part in (("", "x"), ("x", "")):
+        with pytest.raises(SamError, match="no tokens"):
+            decode_prompts(tiny, [("a", "b"), part], DecodeSpec(4))
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_prompts_of_several_types_share_a_batch(stopping: Base, size: int) -> None:
+    asked = [TYPES, ["court"], ["person", "location", "organization", "disease", "drug"]]
+    rows = [(types, text) for text in TEXTS for types in asked]
+    parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in rows]
+    answers = decode_prompts(stopping, parts, DecodeSpec(30, size))
+    assert answers == [oracle(stopping, text, 30, types) for types, text in rows]
+
+
+def test_smollm2_answers_are_those_of_generate_at_every_batch_size(smollm: Base) -> None:
+    texts = TEXTS[:6]
+    expected = [oracle(smollm, text, 24) for text in texts]
+    for size in (1, 6):
+        assert decode(smollm, TYPES, texts, DecodeSpec(24, size)) == expected
+    assert len({a.text for a in expected}) > 3
