@@ -171,7 +171,7 @@ class Engine:
             return
         self.reset()
         if self._weights is None:
-            self._weights = PackedWeights(self.base.model, self.decoding.mode, all_logits=self.decoding.all_logits)
+            self._weights = PackedWeights(self.base.model, self.decoding.mode, all_logits=self.decoding.constrained)
         with self.timed("merge"):
             adapters = [self.adapter(e) for e in experts]
             self._weights.apply(merge_modules(adapters, list(experts), merge))

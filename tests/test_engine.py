@@ -212,9 +212,8 @@ def test_only_missing_answers_are_decoded(engine: MakeEngine, store: AnswerStore
         {"types": ("person",)},
         {"decoding": DecodeSpec(max_new_tokens=9, batch_size=2, mode="exact")},
         {"decoding": DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact", constrained=True)},
-        {"decoding": DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact", end_penalty=0.5)},
     ],
-    ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length", "constrained", "end"],
+    ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length", "constrained"],
 )
 def test_an_answer_is_not_reused_where_something_can_change_it(
     engine: MakeEngine, store: AnswerStore, changed: dict[str, Any]
@@ -342,9 +341,9 @@ def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch
     assert applied == []
 
 
-@pytest.mark.parametrize(("constrained", "penalty"), [(False, 0.0), (True, 0.0), (False, 1.0)])
-def test_constrained_and_penalised_answers_are_chosen_among_exact_logits(
-    engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, constrained: bool, penalty: float
+@pytest.mark.parametrize("constrained", [False, True])
+def test_constrained_answers_are_chosen_among_exact_logits(
+    engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, constrained: bool
 ) -> None:
     asked: list[bool] = []
 
@@ -354,8 +353,8 @@ def test_constrained_and_penalised_answers_are_chosen_among_exact_logits(
             super().__init__(model, mode, all_logits=all_logits)
 
     monkeypatch.setattr(sam.engine, "PackedWeights", Watched)
-    engine(decoding=DecodeSpec(8, 2, "fast", constrained, penalty)).predict(["news"], SINGLE, TYPES, TEXTS[:1])
-    assert asked == [constrained or penalty != 0]
+    engine(decoding=DecodeSpec(8, 2, "fast", constrained)).predict(["news"], SINGLE, TYPES, TEXTS[:1])
+    assert asked == [constrained]
 
 
 def test_a_base_loaded_in_inference_mode_serves_outside_of_it(engine: MakeEngine) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +123,6 @@ class _Run:
         self.base, self.spec, self.drafter = base, spec, drafter
         self.texts, self.earlier = [text for _, text in parts], earlier
         self.language = Language(base.tokenizer, base.stop_ids)
-        self.ends = endings(base.tokenizer) if spec.end_penalty else []
         heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
         self.prefixes = [_ids(base, prefix, special=True) for prefix in heads]
         waiting = []
@@ -163,8 +160,6 @@ class _Run:
             keep += range(at - len(row.draft) - 1, at)
         rows = [Row(len(row.feed()), row.past) for row in self.rows]
         logits = self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep)
-        if self.ends:
-            logits[:, self.ends] -= self.spec.end_penalty
         likeliest = logits.argmax(-1).tolist()
         at = 0
         for row in self.rows:
@@ -210,16 +205,15 @@ class _Run:
     def _prefix(self, number: int) -> tuple[KeyValues, int]:
         """Keys and values of a prefix, and their row; prefixes whose rows come next are run in the same pass."""
         if number not in self.shared:
-            together, size = [number], len(self.prefixes[number])
-            for other in range(number + 1, len(self.prefixes)):
-                size += len(self.prefixes[other])
-                if size > ADMIT:
+            ids = self.prefixes[number : number + 1]
+            # As many as a pass takes when all are as long as the longest: rows of the cache are.
+            for other in self.prefixes[number + 1 :]:
+                if (len(ids) + 1) * max(len(other), *map(len, ids)) > ADMIT:
                     break
-                together.append(other)
-            ids = [self.prefixes[n] for n in together]
+                ids.append(other)
             heads = KeyValues(len(ids), max(map(len, ids)))
             self._forward(heads, [Row(len(i), 0) for i in ids], [t for i in ids for t in i], [0])
-            self.shared = {n: (heads, row) for row, n in enumerate(together)}
+            self.shared = {number + row: (heads, row) for row in range(len(ids))}
         return self.shared[number]
 
     def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> Tensor:
@@ -264,15 +258,6 @@ def _worth(rows: int, device: str) -> float:
     A pass has a cost of its own, that a row's share of falls with the number of rows; then each token has one.
     """
     return 0.05 if device != "cpu" else 1 / (1.4 + 48 / rows)
-
-
-@lru_cache(maxsize=1)
-def endings(tokenizer: Any) -> list[int]:
-    """The tokens with which an answer ends, or its last list: ``{}``, ``"]``, ``}`` and the like.
-
-    Lists before the last end in ``"],``; where a tokenizer writes the comma apart, their ends are among these too.
-    """
-    return sorted(token for piece, token in tokenizer.get_vocab().items() if "}" in piece or piece.endswith("]"))
 
 
 def _ids(base: Base, text: str, special: bool = False) -> list[int]:

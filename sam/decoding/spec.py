@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from sam.grammar import GRAMMAR_VERSION
 
 MODES = ("exact", "fast")
 
-DECODER_VERSION = 4
+DECODER_VERSION = 5
 """Part of every answer's key: to be raised when a change of the decoder changes how answers are rounded."""
 
 
@@ -21,20 +20,13 @@ class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect).
 
     ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` in bf16 where a CPU does so itself.
-    ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language. ``end_penalty`` is taken off
-    the logits of tokens that end a list of texts or the answer: above 0 it trades precision for recall.
+    ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language.
     """
 
     max_new_tokens: int = 160
     batch_size: int = 64
     mode: str = "fast"
     constrained: bool = False
-    end_penalty: float = 0.0
-
-    @property
-    def all_logits(self) -> bool:
-        """Whether more is asked of logits than which is the largest."""
-        return self.constrained or self.end_penalty != 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
@@ -44,8 +36,6 @@ class DecodeSpec:
             raise SamError(f"decode.mode={spec.mode} is unknown; allowed: {', '.join(MODES)}")
         if not isinstance(spec.constrained, bool):
             raise SamError(f"decode.constrained={spec.constrained} must be true or false")
-        if type(spec.end_penalty) not in (int, float) or not math.isfinite(spec.end_penalty):
-            raise SamError(f"decode.end_penalty={spec.end_penalty} must be a finite number; 0 for none")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(spec, name) < 1:
                 raise SamError(f"decode.{name}={getattr(spec, name)} must be at least 1")
@@ -63,8 +53,7 @@ class DecodeSpec:
         # choice of a token.
         kind = torch.device(device).type
         batch = {} if dtype == "float32" and kind == "cpu" else {"batch_size": self.batch_size}
-        language: dict[str, Any] = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
-        language |= {"end_penalty": float(self.end_penalty)} if self.end_penalty else {}
+        language = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
         half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and halves()
         return {
             **batch,

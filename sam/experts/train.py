@@ -250,7 +250,7 @@ def score_heldout(
 
     by_dataset: dict[str, Any] = {}
     spec = MergeSpec(name="linear")
-    with PackedWeights(base.model, decode.mode, all_logits=decode.all_logits) as weights:
+    with PackedWeights(base.model, decode.mode, all_logits=decode.constrained) as weights:
         weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], spec))
         for dataset, sentences in heldout.items():
             if not sentences:

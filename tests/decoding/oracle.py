@@ -8,9 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-)
 
 from sam import prompts
 from sam.base import Base
@@ -41,9 +38,6 @@ class Numbers:
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         return self._tokenizer(text, **options)
 
-    def get_vocab(self) -> dict[str, int]:
-        return self._tokenizer.get_vocab()
-
     def convert_ids_to_tokens(self, token: int) -> str | None:
         return self._tokenizer.convert_ids_to_tokens(token)
 
@@ -61,9 +55,7 @@ def numbers(base: Base, stop_ids: Sequence[int] | None = None, model: Any = None
     )
 
 
-def oracle(
-    base: Base, text: str, limit: int, types: Sequence[str] = TYPES, processor: LogitsProcessor | None = None
-) -> Answer:
+def oracle(base: Base, text: str, limit: int, types: Sequence[str] = TYPES) -> Answer:
     """What ``generate`` gives for the whole prompt of one sentence, in one piece."""
     prompt = base.tokenizer(prompts.prefix(types), add_special_tokens=True).input_ids
     prompt = prompt + base.tokenizer(prompts.suffix(text), add_special_tokens=False).input_ids
@@ -75,7 +67,6 @@ def oracle(
         max_new_tokens=limit,
         eos_token_id=list(base.stop_ids),
         pad_token_id=base.stop_ids[0],
-        logits_processor=[processor] if processor else [],
     )
     new = out[0, len(prompt) :].tolist()
     ended = new[-1] in base.stop_ids
