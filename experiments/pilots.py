@@ -17,15 +17,15 @@ from typing import Any
 
 from hydra.errors import HydraException
 
-from sam import corpora, prompts
+from sam import corpora
 from sam.base import Base, BaseSpec, device_of, load
 from sam.decoding import DecodeSpec
 from sam.errors import SamError
 from sam.experts.data import ExpertDataModule, Recipe
 from sam.experts.module import ExpertModule
-from sam.experts.train import HELDOUT_CHARACTERS, KEPT, auto_precision, fit
+from sam.experts.train import HELDOUT_CHARACTERS, auto_precision, fit, score_adapter
 from sam.launch import compose, one_line, quiet
-from sam.ner import Sentence, entity_types
+from sam.ner import Sentence
 from sam.results import git_commit
 from sam.seeding import rng
 
@@ -99,29 +99,6 @@ def train(base: Base, data: PilotData, trainer: Mapping[str, Any], folder: Path)
         base.model.eval().to(base.device)
 
 
-def score_adapter(
-    base: Base, folder: Path, scored: Mapping[str, Sequence[Sentence]], decode: DecodeSpec
-) -> dict[str, Any]:
-    """The scores of the adapter in ``folder`` on each dataset, asked for all types of its dev split."""
-    from sam.decoding.greedy import decode as run
-    from sam.decoding.packed import PackedWeights
-    from sam.merging import AdapterDeltas, MergeSpec, merge_modules
-    from sam.scoring import score
-
-    found: dict[str, Any] = {}
-    with PackedWeights(base.model, decode.mode, all_logits=decode.constrained) as weights:
-        weights.apply(merge_modules([AdapterDeltas.open(folder)], ["pilot"], MergeSpec("linear")))
-        for dataset, sentences in scored.items():
-            types = entity_types(corpora.load(dataset, "dev"))
-            answers = run(base, types, [s.text for s in sentences], decode)
-            predictions = [
-                prompts.predict(s.text, a.text, types, a.truncated) for s, a in zip(sentences, answers, strict=True)
-            ]
-            scores = score(sentences, predictions).to_dict()
-            found[dataset] = {name: scores[name] for name in KEPT}
-    return found
-
-
 def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean F1, precision and recall of datasets, each of the same weight."""
     return {name: sum(s[name] for s in scores) / len(scores) for name in ("f1", "precision", "recall")}
@@ -140,7 +117,7 @@ def pilot(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     data.setup()
     with TemporaryDirectory() as folder:
         train(base, data, {**config["trainer"], "precision": precision}, Path(folder))
-        scores = score_adapter(base, Path(folder), scored, decode)
+        scores = score_adapter(base, Path(folder), {d: ("dev", held) for d, held in scored.items()}, decode)
     return {
         "name": name,
         "overrides": list(overrides),

@@ -243,25 +243,34 @@ def score_heldout(
     base: Base, folder: Path, heldout: Mapping[str, Sequence[Sentence]], decode: DecodeSpec
 ) -> dict[str, Any]:
     """Scores of the saved adapter on held-out sentences of each dataset, asked for all its types; and their mean F1."""
+    splits = {dataset: str(held_split(dataset)) for dataset, sentences in heldout.items() if sentences}
+    found = score_adapter(base, folder, {d: (split, heldout[d]) for d, split in splits.items()}, decode)
+    by_dataset = {dataset: {"split": split, **found[dataset]} for dataset, split in splits.items()}
+    mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
+    return {"datasets": by_dataset, "mean_f1": mean}
+
+
+def score_adapter(
+    base: Base, folder: Path, held: Mapping[str, tuple[str, Sequence[Sentence]]], decode: DecodeSpec
+) -> dict[str, dict[str, Any]]:
+    """The scores (:data:`KEPT`) of the adapter in ``folder`` by dataset; ``held``: dataset -> a split, sentences of it.
+
+    Asked for all types of the split.
+    """
     from sam.decoding.greedy import decode as run
     from sam.decoding.packed import PackedWeights
     from sam.merging import AdapterDeltas, MergeSpec, merge_modules
     from sam.scoring import score
 
-    by_dataset: dict[str, Any] = {}
-    spec = MergeSpec(name="linear")
+    found: dict[str, dict[str, Any]] = {}
     with PackedWeights(base.model, decode.mode, all_logits=decode.constrained) as weights:
-        weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], spec))
-        for dataset, sentences in heldout.items():
-            if not sentences:
-                continue
-            split = str(held_split(dataset))
+        weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
+        for dataset, (split, sentences) in held.items():
             types = entity_types(corpora.load(dataset, split))
             answers = run(base, types, [s.text for s in sentences], decode)
-            found = [
+            predicted = [
                 prompts.predict(s.text, a.text, types, a.truncated) for s, a in zip(sentences, answers, strict=True)
             ]
-            scores = score(sentences, found).to_dict()
-            by_dataset[dataset] = {"split": split, **{name: scores[name] for name in KEPT}}
-    mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
-    return {"datasets": by_dataset, "mean_f1": mean}
+            scores = score(sentences, predicted).to_dict()
+            found[dataset] = {name: scores[name] for name in KEPT}
+    return found
