@@ -96,7 +96,6 @@ def train(base: Base, data: PilotData, trainer: Mapping[str, Any], folder: Path)
         module.net.save_pretrained(str(folder))
     finally:
         module.unload()
-        base.model.eval().to(base.device)
 
 
 def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -64,10 +64,12 @@ class ExpertModule(L.LightningModule):
         self.patches.close()
 
     def unload(self) -> None:
-        """Take the adapter out: leaves the base model's modules and weights as they were."""
+        """Take the adapter out: leaves the base model as it was, on its device and in eval mode."""
         self.patches.close()
         if self.net is not None:
             self.net.unload()
+        # Lightning leaves the model on the CPU when it is done.
+        self.base.model.eval().to(self.base.device)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy over the answer tokens of ``batch`` (see :func:`sam.experts.data.collate`)."""

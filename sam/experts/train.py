@@ -120,8 +120,6 @@ def train_expert(
         }
     finally:
         module.unload()
-        # Lightning leaves the model on the CPU when it is done.
-        base.model.eval().to(base.device)
     del module, data
     gc.collect()
     with staged(folder) as stage:
