@@ -1,9 +1,9 @@
 """Prompt and answer: what a model is asked, and what is read out of what it writes.
 
 A prompt is a ``prefix`` that names the entity types and a ``suffix`` that holds one sentence. A decoder tokenises
-the two apart and runs the prefix once for all sentences of a target. The answer is one JSON object
-from entity type to texts. Reading is lenient and linear in the answer's length: a cut or broken answer keeps what is
-whole in it, and nothing a model writes raises.
+the two apart and runs the prefix once for all sentences of a target. The answer is one JSON object in one of two forms,
+which tell themselves apart: from entity type to texts, or from text to entity type. Reading is lenient and linear in
+the answer's length: a cut or broken answer keeps what is whole in it, and nothing a model writes raises.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from sam.ner import Mention, Pair, Prediction, Sentence
 
 PROMPT_VERSION = "1"
 """Goes into the key under which answers are kept: raise it with every change to what a model is shown."""
+
+FORMS = ("by_mention", "by_type")
+"""Of an answer: see :func:`answer`. Which one a model writes is learnt in training; both are read."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,33 @@ def render(types: Sequence[str], text: str) -> str:
     return prefix(types) + suffix(text)
 
 
-def answer(sentence: Sentence, types: Sequence[str]) -> str:
-    """The gold answer that an expert learns to write: ``' {"person": ["Ada", "Alan"]}'``.
+def answer(sentence: Sentence, types: Sequence[str], form: str) -> str:
+    """The gold answer that an expert learns to write, in a form of :data:`FORMS`.
 
-    Types come in the order of ``types``; those without mentions, and mentions of other types, are left out. Texts are
-    distinct, in order of appearance, whitespace folded. A sentence without mentions gives ``' {}'``.
+    ``by_type``: ``' {"person": ["Ada", "Alan"]}'``, types in the order of ``types``, texts distinct and in order of
+    appearance. ``by_mention``: ``' {" Ada":" person"," Alan":" person"}'``, distinct pairs in order of appearance; with
+    a space before it, a word is mostly of the same tokens as in the sentence. Mentions of other types are left out,
+    whitespace is folded. A sentence without mentions gives ``' {}'`` in both.
     """
-    found: dict[str, dict[str, None]] = {entity_type: {} for entity_type in types}
-    for entity_type, text in sentence.pairs:
-        if entity_type in found and fold(text):
-            found[entity_type][fold(text)] = None
-    named = {entity_type: list(texts) for entity_type, texts in found.items() if texts}
-    return " " + json.dumps(named, ensure_ascii=False)
+    if form not in FORMS:
+        raise ValueError(f"{form!r} is no form of answers; there are {', '.join(FORMS)}")
+    asked = dict.fromkeys(types)
+    pairs = dict.fromkeys((kind, fold(text)) for kind, text in sentence.pairs if kind in asked and fold(text))
+    if form == "by_mention":
+        # A text of two types is a key twice: written by hand, as a mapping has each key once.
+        return " {" + ",".join(f"{_quote(' ' + text)}:{_quote(' ' + kind)}" for kind, text in pairs) + "}"
+    found: dict[str, list[str]] = {entity_type: [] for entity_type in asked}
+    for entity_type, text in pairs:
+        found[entity_type].append(text)
+    return " " + json.dumps({kind: texts for kind, texts in found.items() if texts}, ensure_ascii=False)
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+_Item = tuple[str, str, bool]
+"""(key, string under it, whether in a list)."""
 
 
 class _Object(list[tuple[str, Any]]):
@@ -85,46 +103,46 @@ _TOKEN = re.compile(r'(?P<string>"[^"\\]*+(?:\\.[^"\\]*+)*+")|[{}\[\]:,]|(?P<jun
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse(answer: str) -> Parsed:
+def parse(answer: str, types: Collection[str] = ()) -> Parsed:
     """Read the (type, text) pairs out of a model's raw ``answer``; never raises.
 
-    The first JSON object counts; chatter and code fences before it and text after it are passed over. A string in
-    place of a list counts as a list of one. Of a broken or cut object, all whole strings under a whole key are kept.
+    The first JSON object counts; chatter and code fences before it and text after it are passed over. Of a key and a
+    string under it, the one that alone is among ``types`` is the type; if both are or none is, the key of a list and
+    the value of a key without one. Of a broken or cut object, all whole strings under a whole key are kept.
     """
     opening = _OPENING.search(answer)
     if opening is None:
         return Parsed((), unparsable=True)
     try:
         items, dropped = _strings(_DECODER.raw_decode(answer, opening.start())[0])
+        keys = None
     except (ValueError, RecursionError):
         items, dropped, keys = _recover(answer, opening.start() + 1)
-        pairs, empty = _clean(items)
-        return Parsed(pairs, unparsable=keys == 0, repaired=keys > 0, dropped=dropped + empty)
-    pairs, empty = _clean(items)
-    return Parsed(pairs, dropped=dropped + empty)
+    pairs, empty = _clean(items, {fold(entity_type).casefold() for entity_type in types})
+    return Parsed(pairs, unparsable=keys == 0, repaired=bool(keys), dropped=dropped + empty)
 
 
-def _strings(obj: _Object) -> tuple[list[Pair], int]:
-    """The (key, string) pairs of a well-formed object, and how many values are no strings."""
-    pairs: list[Pair] = []
+def _strings(obj: _Object) -> tuple[list[_Item], int]:
+    """The strings of a well-formed object, and how many values are no strings."""
+    items: list[_Item] = []
     dropped = 0
     for key, value in obj:
         is_list = isinstance(value, list) and not isinstance(value, _Object)
         for item in value if is_list else [value]:
             if isinstance(item, str):
-                pairs.append((key, item))
+                items.append((key, item, is_list))
             else:
                 dropped += 1
-    return pairs, dropped
+    return items, dropped
 
 
-def _recover(answer: str, start: int) -> tuple[list[Pair], int, int]:
-    """What a broken object holds from ``start``, just after its brace, on: (pairs, pieces dropped, keys read).
+def _recover(answer: str, start: int) -> tuple[list[_Item], int, int]:
+    """What a broken object holds from ``start``, just after its brace, on: (strings, pieces dropped, keys read).
 
-    One pass without recursion. A string is a key if a colon follows, else a text of the last key; a list's end, or a
-    comma outside of one, ends the key, so that a key cut off before its colon is not taken for a text.
+    One pass without recursion. A string is a key if a colon follows, else a value of the last key; a list's end, or a
+    comma outside of one, ends the key, so that a key cut off before its colon is not taken for a value.
     """
-    pairs: list[Pair] = []
+    items: list[_Item] = []
     key: str | None = None
     pending: str | None = None  # a string whose follower has not been seen yet
     in_list = False
@@ -140,7 +158,7 @@ def _recover(answer: str, start: int) -> tuple[list[Pair], int, int]:
         if mark == ":" and pending is not None:
             key, pending, in_list, keys = pending, None, False, keys + 1
             continue
-        dropped += _place(pairs, key, pending)
+        dropped += _place(items, key, pending, in_list)
         pending = None
         if token["string"]:
             pending = _unquote(mark)
@@ -154,15 +172,15 @@ def _recover(answer: str, start: int) -> tuple[list[Pair], int, int]:
             in_list, key = False, None
         elif mark == "}":
             break
-    dropped += _place(pairs, key, pending)
-    return pairs, dropped, keys
+    dropped += _place(items, key, pending, in_list)
+    return items, dropped, keys
 
 
-def _place(pairs: list[Pair], key: str | None, text: str | None) -> int:
-    """Append ``text`` under ``key``; returns 1 if there is a text but no key for it, else 0."""
-    if text is not None and key is not None:
-        pairs.append((key, text))
-    return int(text is not None and key is None)
+def _place(items: list[_Item], key: str | None, value: str | None, in_list: bool) -> int:
+    """Append ``value`` under ``key``; returns 1 if there is a value but no key for it, else 0."""
+    if value is not None and key is not None:
+        items.append((key, value, in_list))
+    return int(value is not None and key is None)
 
 
 def _unquote(token: str) -> str:
@@ -173,15 +191,20 @@ def _unquote(token: str) -> str:
         return token[1:-1].replace('\\"', '"')
 
 
-def _clean(items: Iterable[Pair]) -> tuple[tuple[Pair, ...], int]:
-    """The distinct pairs, folded, and how many had no type, no text, or half a character (a lone surrogate)."""
+def _clean(items: Iterable[_Item], asked: Collection[str]) -> tuple[tuple[Pair, ...], int]:
+    """The distinct pairs, folded, and how many had no type, no text, or half a character (a lone surrogate).
+
+    ``asked``: the types asked for, folded and without case.
+    """
     pairs: dict[Pair, None] = {}
     dropped = 0
-    for pair in items:
-        entity_type, text = fold(pair[0]), fold(pair[1])
+    for left, right, in_list in items:
+        key, value = fold(left), fold(right)
+        known = key.casefold() in asked
+        by_type = known if known != (value.casefold() in asked) else in_list
         # A lone surrogate can be escaped in JSON but not be written to a UTF-8 file.
-        if entity_type and text and not _SURROGATE.search(entity_type + text):
-            pairs[entity_type, text] = None
+        if key and value and not _SURROGATE.search(key + value):
+            pairs[(key, value) if by_type else (value, key)] = None
         else:
             dropped += 1
     return tuple(pairs), dropped
@@ -261,7 +284,7 @@ def predict(text: str, answer: str, types: Sequence[str], truncated: bool = Fals
     asked: dict[str, str] = {}
     for entity_type in types:
         asked.setdefault(fold(entity_type).casefold(), entity_type)
-    parsed = parse(answer)
+    parsed = parse(answer, types)
     canonical = ((asked.get(entity_type.casefold(), entity_type), surface) for entity_type, surface in parsed.pairs)
     pairs = tuple(dict.fromkeys(canonical))
     mentions, not_in_sentence, not_asked = locate(pairs, text, types)

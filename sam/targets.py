@@ -11,6 +11,7 @@ from typing import Any
 from sam import corpora
 from sam.errors import SamError
 from sam.ner import Sentence, entity_types
+from sam.prompts import fold
 from sam.seeding import rng
 
 MISC = "miscellaneous"
@@ -87,6 +88,8 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
     repeated = sorted({t for t in types if types.count(t) > 1})
     if repeated:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
+    if odd := [t for t in types if not isinstance(t, str) or not t or fold(t) != t]:
+        raise SamError(f"target.types names {odd[0]!r}; a type is text without space at its ends or double space in it")
     sentences = corpora.read_file(Path(config["path"]).expanduser(), None)
     others = corpora.read_file(Path(config["unlabelled"]).expanduser(), None) if config["unlabelled"] else sentences
     found = entity_types(sentences)

@@ -66,7 +66,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> None:
             words = re.findall(r"\b[A-Z][a-z]+\b", text)
             kind = types[len(experts[0]) % len(types)]
             kept = [w for w in words if len(w) != len(experts[-1])]
-            found.append(prompts.predict(text, prompts.answer(_gold(text, kept, kind), types), types))
+            found.append(prompts.predict(text, prompts.answer(_gold(text, kept, kind), types, "by_mention"), types))
         if progress:
             progress(len(texts))
         return found

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam.ner import Mention, Sentence
-from sam.prompts import align, answer, fold, parse, predict, prefix, render, suffix
+from sam.prompts import FORMS, align, answer, fold, parse, predict, prefix, render, suffix
 
 TYPES = ["person", "musical artist"]
 
@@ -30,20 +30,33 @@ def test_prompt_does_not_depend_on_line_breaks() -> None:
     assert suffix("\n Ada\r\n met\t\tAlan\u00a0T. ") == suffix("Ada met Alan T.")
 
 
-def test_answer_orders_types_as_asked_and_texts_as_they_appear() -> None:
+def test_answer_by_type_orders_types_as_asked_and_texts_as_they_appear() -> None:
     gold = sentence("Zoë met Ada, Zoë!", (0, 3, "b"), (8, 11, "a"), (13, 16, "b"), (8, 11, "b"))
-    assert answer(gold, ["a", "none", "b"]) == ' {"a": ["Ada"], "b": ["Zoë", "Ada"]}'
-    assert answer(gold, ["a"]) == ' {"a": ["Ada"]}'
+    assert answer(gold, ["a", "none", "b"], "by_type") == ' {"a": ["Ada"], "b": ["Zoë", "Ada"]}'
+    assert answer(gold, ["a"], "by_type") == ' {"a": ["Ada"]}'
+
+
+def test_answer_by_mention_has_distinct_pairs_as_they_appear() -> None:
+    gold = sentence('Zoë met "Ada", Zoë!', (0, 3, "b"), (8, 13, "a"), (15, 18, "b"), (15, 18, "a"))
+    assert answer(gold, ["a", "none", "b"], "by_mention") == r' {" Zoë":" b"," \"Ada\"":" a"," Zoë":" a"}'
+    assert answer(gold, ["a"], "by_mention") == r' {" \"Ada\"":" a"," Zoë":" a"}'
 
 
 def test_answer_folds_whitespace_and_merges_what_then_is_one() -> None:
     gold = sentence("New\n York, New York", (0, 9, "place"), (11, 19, "place"))
-    assert answer(gold, ["place"]) == ' {"place": ["New York"]}'
+    assert answer(gold, ["place"], "by_type") == ' {"place": ["New York"]}'
+    assert answer(gold, ["place"], "by_mention") == ' {" New York":" place"}'
 
 
+def test_answer_in_another_form_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="'by-type' is no form"):
+        answer(Sentence("s", "text"), TYPES, "by-type")
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mentions", [None, ()])
-def test_answer_without_mentions_is_an_empty_object(mentions: tuple[Mention, ...] | None) -> None:
-    assert answer(Sentence("s", "text", mentions), TYPES) == " {}"
+def test_answer_without_mentions_is_an_empty_object(mentions: tuple[Mention, ...] | None, form: str) -> None:
+    assert answer(Sentence("s", "text", mentions), TYPES, form) == " {}"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +65,10 @@ def test_answer_without_mentions_is_an_empty_object(mentions: tuple[Mention, ...
         ("{}", [], 0),
         (' {"a": ["x", "y"], "b": ["z"]}', [("a", "x"), ("a", "y"), ("b", "z")], 0),
         ('{"a": ["x"], "a": ["y", "x"]}', [("a", "x"), ("a", "y")], 0),
-        ('{" a ": "x"}', [("a", "x")], 0),
+        ('{" x ": "a"}', [("a", "x")], 0),
+        (' {" x":" a"," y z":" b"," x":" b"}', [("a", "x"), ("b", "y z"), ("b", "x")], 0),
+        ('{" x":" a","b":["y"]," z":["a"]}', [("a", "x"), ("b", "y"), ("z", "a")], 0),
+        ('{" x":1," y":null," z":{" a":" b"},"":" a"," v":" "}', [], 5),
         ('{"a": ["x"]} {"b": ["y"]}', [("a", "x")], 0),
         ('Sure {as asked}:\n```json\n{"a": ["x"]}\n``` I hope', [("a", "x")], 0),
         ('{\n  "a": [\n    "x"\n  ]\n}', [("a", "x")], 0),
@@ -82,7 +98,12 @@ def test_parse_whole_object(raw: str, pairs: list[tuple[str, str]], dropped: int
         ('{"a": ["x", "y', [("a", "x")], 1),
         ('{"a": ["x", "y"', [("a", "x"), ("a", "y")], 0),
         ('{"a": ["x"], "b"', [("a", "x")], 1),  # a key, though its colon is missing: not a text of "a"
-        ('{"a": "x", "b"', [("a", "x")], 1),
+        ('{"x": "a", "b"', [("a", "x")], 1),
+        (' {" x":" a"," y":" b', [("a", "x")], 1),
+        (' {" x":" a"," y":', [("a", "x")], 0),
+        (' {" x":" a"," y', [("a", "x")], 1),
+        (' {" x":" a"," y":" b"', [("a", "x"), ("b", "y")], 0),
+        (' {" x":" a" " y":" b", " z" " a"', [("a", "x"), ("b", "y")], 2),
         ('{"a": ["x"], "b": [', [("a", "x")], 0),
         ('{"a": ["x"], "b": ["y"]', [("a", "x"), ("b", "y")], 0),
         ('{"a": ["x", "b": ["y"]} "z"', [("a", "x"), ("b", "y")], 0),
@@ -99,6 +120,26 @@ def test_parse_recovers_what_is_whole_in_a_broken_object(raw: str, pairs: list[t
     assert (list(parsed.pairs), parsed.dropped) == (pairs, dropped)
     assert parsed.repaired
     assert not parsed.unparsable
+
+
+def test_of_key_and_string_the_one_that_alone_is_asked_for_is_the_type() -> None:
+    listed = '{" Ada":[" person"," city"],"person":["Bob","musical artist"],"city":["Rome"]}'
+    assert parse(listed, TYPES).pairs == (
+        ("person", "Ada"),
+        ("Ada", "city"),
+        ("person", "Bob"),
+        ("person", "musical artist"),
+        ("city", "Rome"),
+    )
+    raw = '{"Person": "Ada", "Bob": "person", "x": "y", "person": "musical  artist"'
+    for whole in (raw, raw + "}"):
+        assert parse(whole, TYPES).pairs == (
+            ("Person", "Ada"),
+            ("person", "Bob"),
+            ("y", "x"),
+            ("musical artist", "person"),
+        )
+    assert parse(raw).pairs[0] == ("Ada", "Person")
 
 
 @pytest.mark.parametrize("raw", ["", "I see no entities.", '["x"]', "{", '{"mus', '{"a"', "{a: 1}", '{"a", "b"}'])
@@ -139,9 +180,23 @@ def test_any_cut_of_an_answer_keeps_the_whole_texts_before_it(
         assert parse(raw[:-1]).pairs == whole.pairs
 
 
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1))), st.data())
+def test_any_cut_of_an_answer_by_mention_keeps_the_whole_pairs_before_it(
+    values: list[tuple[str, str]], data: st.DataObject
+) -> None:
+    raw = "{" + ",".join(f"{json.dumps(text)}:{json.dumps(kind)}" for kind, text in values) + "}"
+    whole = parse(raw)
+    assert whole.pairs == tuple(dict.fromkeys((fold(k), fold(t)) for k, t in values if fold(k) and fold(t)))
+    cut = parse(raw[: data.draw(st.integers(0, len(raw)))])
+    assert cut.pairs == whole.pairs[: len(cut.pairs)]
+    if values:
+        assert parse(raw[:-1]).pairs == whole.pairs
+
+
 @pytest.mark.parametrize(
     "raw",
     [
+        '{" x":" a",' * 50_000,
         '{"a":' * 50_000,
         '{"a": ' + "[" * 200_000,
         '{"a": ["x", ' + '{"b": [' * 30_000,
@@ -223,7 +278,7 @@ def test_aligned_spans_are_flat_sorted_and_say_what_the_pair_says(text: str, pai
 def test_gold_answer_reads_back_as_the_gold_pairs(text: str, data: st.DataObject) -> None:
     cuts = st.tuples(st.integers(0, len(text)), st.integers(0, len(text)), st.sampled_from("pq"))
     gold = sentence(text, *[c for c in data.draw(st.lists(cuts)) if c[0] < c[1] and fold(text[c[0] : c[1]])])
-    prediction = predict(text, answer(gold, ["p", "q"]), ["p", "q"])
+    prediction = predict(text, answer(gold, ["p", "q"], data.draw(st.sampled_from(FORMS))), ["p", "q"])
     assert set(prediction.pairs) == {(entity_type, fold(surface)) for entity_type, surface in gold.pairs}
     assert (prediction.not_in_sentence, prediction.not_asked, prediction.unparsable) == (0, 0, False)
 
@@ -246,7 +301,8 @@ def test_predict_counts_what_is_not_asked_and_not_in_the_sentence() -> None:
 
 
 def test_predict_restores_the_case_of_the_type_asked_for() -> None:
-    assert predict("Ada", '{"restaurant name": ["Ada"]}', ["Restaurant Name"]).pairs == (("Restaurant Name", "Ada"),)
+    for raw in ('{"restaurant name": ["Ada"]}', '{" Ada":" restaurant name"}'):
+        assert predict("Ada", raw, ["Restaurant Name"]).pairs == (("Restaurant Name", "Ada"),)
 
 
 def test_predict_on_no_answer() -> None:

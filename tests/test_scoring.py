@@ -55,7 +55,7 @@ def test_hand_worked_scores() -> None:
 
 
 def test_gold_answers_score_one() -> None:
-    got = score([ADA, EMPTY], [predict(s.text, answer(s, TYPES), TYPES) for s in (ADA, EMPTY)])
+    got = score([ADA, EMPTY], [predict(s.text, answer(s, TYPES, "by_mention"), TYPES) for s in (ADA, EMPTY)])
     assert (got.f1, got.span_f1, got.tp, got.precision, got.span_recall) == (1.0, 1.0, 3, 1.0, 1.0)
 
 

@@ -51,7 +51,7 @@ def train(half: bool, job: Mapping[str, Any], folder: str) -> dict[str, Any]:
         net,
         arguments,
         data_collator=DataCollatorForSeq2Seq(base.tokenizer, padding=True, pad_to_multiple_of=8),
-        train_dataset=[row(*example) for batch in job["plan"] for example in batch],
+        train_dataset=[row(prefix + ids, answer) for prefix, examples in job["plan"] for ids, answer in examples],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[step])),
     )
     start = time.perf_counter()

@@ -1,7 +1,8 @@
 """Training a LoRA expert: tokens a second, loss and peak memory, against transformers' ``Trainer`` on the PEFT model.
 
 Every contestant trains in a process of its own on the same batches in the same order, from the same factors, with the
-same optimizer and learning rates. Tokens are those that are not padding, seconds those of the fit or train call,
+same optimizer and learning rates. Tokens are those of whole prompts and answers, without padding (a prompt's shared
+part counts for each sentence, also where it is computed once), seconds those of the fit or train call,
 without loading; the peak is the process's. The text is conll2003's where ``SAM_MIRROR`` names a mirror of the corpora,
 else the embedded mini benchmark's.
 """
@@ -25,12 +26,12 @@ from transformers import AutoTokenizer
 from experiments.bench.harness import PEAK, Contestant, Figures, Options, Report, compete, joined
 from sam.base import BaseSpec, device_of, folder, load
 from sam.errors import SamError
-from sam.experts.data import Example, ExpertDataModule, Recipe, Renderer, batches
+from sam.experts.data import ExpertDataModule, Recipe, Renderer
 from sam.experts.module import ExpertModule, rates
+from sam.experts.packing import Batch, Example
 from sam.experts.train import auto_precision, fit
 from sam.launch import compose
 from sam.results import peak_memory_mb
-from sam.seeding import rng
 from sam.targets import mini
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ DATASET = "conll2003"
 MINI = ("ai", "literature", "movie", "music", "politics", "restaurant", "science")
 OURS = ("experiments.bench.train",)
 PEER = "experiments.bench._train_peer"
-Plan = Sequence[Sequence[Example]]
+Plan = Sequence[Batch]
 
 
 def run(options: Options) -> Report:
@@ -88,8 +89,12 @@ def make_plan(base: Mapping[str, Any], recipe: Recipe) -> Plan:
         data.setup()
         return data.plan
     render = Renderer(tokenizer, tokenizer.eos_token_id, recipe)
-    examples = [render(s, target.types, 0) for target in map(mini, MINI) for s in target.sentences]
-    return batches(examples[: recipe.sentences], recipe.batch_size, rng(recipe.seed, "batches", 0))
+    size = recipe.batch_size
+    return [
+        render(target.sentences[i : i + size], target.types, 0)
+        for target in map(mini, MINI)
+        for i in range(0, len(target.sentences) - size + 1, size)
+    ][: recipe.sentences // size]
 
 
 def describe(config: Mapping[str, Any], recipe: Recipe, plan: Plan) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def describe(config: Mapping[str, Any], recipe: Recipe, plan: Plan) -> dict[str,
         "trainer": config["trainer"],
         "recipe": recipe.to_dict(),
         "rates": [scale(step) for step in range(len(plan) + 1)],
-        "plan": [[[list(example.ids), example.answer] for example in batch] for batch in plan],
+        "plan": [[list(b.prefix), [[list(e.ids), e.answer] for e in b.examples]] for b in plan],
     }
 
 
@@ -113,7 +118,8 @@ def _in_process(command: Sequence[str], job: Path) -> Figures:
     found = json.loads(done.stdout.splitlines()[-1])
     losses = found["losses"]
     last = losses[-max(1, len(losses) // 4) :]
-    tokens = sum(len(ids) for batch in json.loads(job.read_text())["plan"] for ids, _ in batch)
+    plan = json.loads(job.read_text())["plan"]
+    tokens = sum(len(prefix) + len(ids) for prefix, examples in plan for ids, _ in examples)
     return {
         "tokens_per_s": tokens / found["seconds"],
         "loss": sum(losses) / len(losses),
@@ -137,7 +143,10 @@ def train(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     module = Recorded(base, recipe)
     module.configure_model()  # the peer's adapter, too, is there when its clock starts
     data = ExpertDataModule([], base.tokenizer, base.stop_ids[0], recipe)
-    data.plan = [[Example(tuple(ids), answer) for ids, answer in batch] for batch in job["plan"]]
+    data.plan = [
+        Batch(tuple(prefix), tuple(Example(tuple(ids), answer) for ids, answer in examples))
+        for prefix, examples in job["plan"]
+    ]
     settings = {**job["trainer"], "precision": auto_precision(job["trainer"]["precision"], base.device)}
     start = time.perf_counter()
     fit(module, data, settings, folder, every=25, logger=False)

@@ -2,9 +2,9 @@
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
 plain layout. ``fast`` multiplies in bf16 where the processor does so itself, and what lies between the products of one
-block stays in it, keys and values too; the sum over the layers stays in fp32, and so do the largest logits, which are
-all that greedy decoding looks at. Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way
-a token's result is the same to the bit whatever else is in the batch.
+block stays in it, keys and values too; the sum over the layers stays in fp32, and so do the logits: the largest, which
+are all that free greedy decoding looks at, or all of them. Layers that read the same input (q, k, v; gate, up) are
+multiplied as one. Either way a token's result is the same to the bit whatever else is in the batch.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ class Pool:
         """Refuse, before anything is loaded, experts of another base or prompt, and corrupt or missing weights."""
         from safetensors import SafetensorError, safe_open
 
+        forms: dict[str, str] = {}
         for name in self.names if names is None else names:
             path, card = self.folder(name), self.cards[name]
             if card.base_fingerprint != fingerprint:
@@ -119,6 +120,13 @@ class Pool:
                 raise SamError(
                     f"expert {name!r} was trained with prompt version {card.prompt_version}, this is {prompt_version}; "
                     "train it again"
+                )
+            forms.setdefault(card.recipe.get("answer", "by_type"), name)
+            if len(forms) > 1:
+                (one, first), (other, second) = forms.items()
+                raise SamError(
+                    f"expert {first!r} answers {one} and {second!r} {other}: merged they would answer in neither form; "
+                    "train one of them again with the other's train.answer, or leave it out (experts.exclude)"
                 )
             if not (path / CONFIG_FILE).is_file():
                 raise SamError(f"{path} has no {CONFIG_FILE}; train the expert again")

@@ -1,33 +1,31 @@
-"""Training data of an expert: sentences of a domain's datasets, rendered and cut into batches.
+"""Training data of an expert: sentences of a domain's datasets, cut into batches and rendered.
 
-Everything random is drawn by (seed, sentence id, epoch), so that the batches of a run are a function of its recipe
-alone and a resumed run meets the same ones.
+A batch is of one dataset and asks for the same types in all its sentences, so that the prompt's shared part is computed
+once. Everything random is drawn by seed, epoch and the names of datasets and sentences, so that the batches of a run
+are a function of its recipe alone and a resumed run meets the same ones.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from sam import corpora, prompts
 from sam.errors import SamError
 from sam.experts.detokenise import detokenised
+from sam.experts.packing import MOST, Batch, Example, collate
 from sam.ner import Sentence, entity_types
 from sam.seeding import rng
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
-
-DATA_VERSION = 2
+DATA_VERSION = 3
 """Raise it with every change to which sentences are drawn for a recipe, or to how they are shown."""
 
 SCIENTIFIC = ("biomedical", "stem")
@@ -41,7 +39,9 @@ class Recipe:
     ``label_drop`` is the chance that a type is left out of a prompt (its mentions too), ``negatives`` the most
     :func:`foreign_types` that a prompt asks for beside its own, ``max_types`` the most types in a prompt,
     ``max_empty`` the largest share of sentences without a mention, ``detokenise`` the chance that a sentence is shown
-    with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``max_length`` tokens.
+    with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``answer`` the form of answers (see
+    :func:`sam.prompts.answer`), ``max_length`` the most tokens of a sentence and its answer (beside those of the
+    prompt's types).
     """
 
     sentences: int = 5000
@@ -59,6 +59,7 @@ class Recipe:
     max_types: int = 16
     max_empty: float = 0.1
     detokenise: float = 0.3
+    answer: str = "by_type"
     max_length: int = 320
     heldout: int = 100
     seed: int = 0
@@ -84,6 +85,8 @@ class Recipe:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must lie in [0, 1)")
         if not 0 <= recipe.detokenise <= 1:
             raise SamError(f"train.detokenise={recipe.detokenise} must lie in [0, 1]")
+        if recipe.answer not in prompts.FORMS:
+            raise SamError(f"train.answer={recipe.answer} is unknown; allowed: {', '.join(prompts.FORMS)}")
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,27 +94,18 @@ class Recipe:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids of prompt and answer; the loss is on the last ``answer`` of them."""
-
-    ids: tuple[int, ...]
-    answer: int
-
-
 class Renderer:
-    """Sentences to examples with a tokenizer; prompt parts are tokenised apart, as the decoder does."""
+    """Sentences to batches with a tokenizer; prompt parts are tokenised apart, as the decoder does."""
 
     def __init__(self, tokenizer: Any, stop_id: int, recipe: Recipe) -> None:
         self.tokenizer, self.stop_id, self.recipe = tokenizer, stop_id, recipe
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
-
-    def __call__(self, sentence: Sentence, types: Sequence[str], epoch: int, foreign: Sequence[str] = ()) -> Example:
-        """The example of ``sentence`` with its types shuffled, some dropped, some of ``foreign`` added, all by
-        (seed, id, epoch)."""
-        draw = rng(self.recipe.seed, sentence.id, epoch)
+    def __call__(
+        self, sentences: Sequence[Sentence], types: Sequence[str], epoch: int, foreign: Sequence[str] = ()
+    ) -> Batch:
+        """The batch of ``sentences`` with the types shuffled, some dropped, some of ``foreign`` added, all drawn by
+        (seed, id of the first, epoch)."""
+        draw = rng(self.recipe.seed, sentences[0].id, epoch)
         shuffled = draw.sample(list(types), len(types))
         kept = [t for t in shuffled if draw.random() >= self.recipe.label_drop][: self.recipe.max_types]
         asked = kept or shuffled[:1]
@@ -119,11 +113,17 @@ class Renderer:
         if added:
             asked = (asked + added)[: self.recipe.max_types]
             draw.shuffle(asked)
-        if draw.random() < self.recipe.detokenise:
-            sentence = detokenised(sentence)
-        answer = self._ids(prompts.answer(sentence, asked)) + [self.stop_id]
-        prompt = self._ids(prompts.prefix(asked), special=True) + self._ids(prompts.suffix(sentence.text))
-        return Example(tuple(prompt + answer), len(answer))
+        shown = [detokenised(s) if draw.random() < self.recipe.detokenise else s for s in sentences]
+        prefix = self._ids(prompts.prefix(asked), special=True)
+        return Batch(tuple(prefix), tuple(self.example(s, asked) for s in shown))
+
+    def example(self, sentence: Sentence, asked: Sequence[str]) -> Example:
+        """The sentence and its answer to the types ``asked``."""
+        answer = self._ids(prompts.answer(sentence, asked, self.recipe.answer)) + [self.stop_id]
+        return Example(tuple(self._ids(prompts.suffix(sentence.text)) + answer), len(answer))
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special).input_ids)
 
 
 def draw_sentences(
@@ -180,33 +180,6 @@ def foreign_types(dataset: str) -> list[str]:
     return sorted({t for s in sources for t in s.types} - own)
 
 
-def batches(examples: Sequence[Example], size: int, draw: random.Random) -> list[list[Example]]:
-    """``examples`` cut into batches of similar length, in random order."""
-    order = draw.sample(list(examples), len(examples))
-    window = size * 16
-    cut = []
-    for start in range(0, len(order), window):
-        bucket = sorted(order[start : start + window], key=lambda e: len(e.ids))
-        cut += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-    draw.shuffle(cut)
-    return cut
-
-
-def collate(batch: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` ([batch, length]; -100 outside the answer)."""
-    # Few distinct shapes: CPU and GPU libraries prepare a kernel for each.
-    length = -(-max(len(e.ids) for e in batch) // 8) * 8
-    ids = torch.full((len(batch), length), pad_id)
-    mask = torch.zeros((len(batch), length), dtype=torch.long)
-    labels = torch.full((len(batch), length), IGNORED)
-    for row, example in enumerate(batch):
-        n = len(example.ids)
-        ids[row, :n] = torch.tensor(example.ids)
-        mask[row, :n] = 1
-        labels[row, n - example.answer : n] = torch.tensor(example.ids[n - example.answer :])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 class ResumableSampler(Sampler[int]):
     """Indices ``start`` .. ``total - 1`` in order; its length is ``total``, as Lightning counts resumed batches."""
 
@@ -228,29 +201,36 @@ class ExpertDataModule(L.LightningDataModule):
         super().__init__()
         self.domains = [list(d) for d in domains]
         self.recipe, self.renderer = recipe, Renderer(tokenizer, stop_id, recipe)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_id
         self.sentences: list[Sentence] = []
         self.types: list[str] = []
-        self.plan: list[list[Example]] = []
+        self.plan: list[Batch] = []
+        self.most_packed = MOST
+        """Tokens that a row of several sentences may have (see :func:`sam.experts.packing.most_packed`)."""
         self.start = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Draw and render; the same for the same recipe."""
         if self.plan:
             return
-        drawn: list[tuple[Sentence, list[str], list[str]]] = []
-        for datasets in self.domains:
-            for name, (sentences, types) in draw_sentences(datasets, "train", self.recipe, self._fits).items():
-                foreign = self._foreign(name)
-                drawn += [(s, types, foreign) for s in sentences]
-        if not drawn:
+        drawn = [
+            (name, *found)
+            for datasets in self.domains
+            for name, found in draw_sentences(datasets, "train", self.recipe, self._fits).items()
+        ]
+        self.sentences = [s for _, sentences, _ in drawn for s in sentences]
+        if not self.sentences:
             names = ", ".join(d for datasets in self.domains for d in datasets)
             raise SamError(f"train.max_length={self.recipe.max_length} leaves no sentence of {names}; raise it")
-        self.sentences = [s for s, _, _ in drawn]
-        self.types = sorted({t for _, types, _ in drawn for t in types})
+        self.types = sorted({t for _, sentences, types in drawn if sentences for t in types})
         for epoch in range(self.recipe.epochs):
-            examples = [self.renderer(s, types, epoch, foreign) for s, types, foreign in drawn]
-            self.plan += batches(examples, self.recipe.batch_size, rng(self.recipe.seed, "batches", epoch))
+            batches = [b for part in drawn for b in self._batches(*part, epoch)]
+            rng(self.recipe.seed, "batches", epoch).shuffle(batches)
+            self.plan += batches
+
+    def _batches(self, dataset: str, sentences: Sequence[Sentence], types: Sequence[str], epoch: int) -> list[Batch]:
+        size, foreign = self.recipe.batch_size, self._foreign(dataset)
+        order = rng(self.recipe.seed, "order", dataset, epoch).sample(sentences, len(sentences))
+        return [self.renderer(order[i : i + size], types, epoch, foreign) for i in range(0, len(order), size)]
 
     def _foreign(self, dataset: str) -> list[str]:
         return foreign_types(dataset) if self.recipe.negatives else []
@@ -259,7 +239,7 @@ class ExpertDataModule(L.LightningDataModule):
         # Character counts bound token counts well enough to skip most of the tokenising.
         if len(sentence.text) > 6 * self.recipe.max_length:
             return False
-        return len(self.renderer(sentence, types, 0, self._foreign(dataset)).ids) <= self.recipe.max_length
+        return len(self.renderer.example(sentence, types).ids) <= self.recipe.max_length
 
     def train_dataloader(self) -> DataLoader:
         """One item = one batch of the plan."""
@@ -268,7 +248,7 @@ class ExpertDataModule(L.LightningDataModule):
             self.plan,  # type: ignore[arg-type]
             batch_size=None,
             sampler=sampler,
-            collate_fn=lambda batch: collate(batch, self.pad_id),
+            collate_fn=lambda batch: collate(batch, self.most_packed),  # type: ignore[arg-type]
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -40,7 +40,7 @@ Trained on {card.sentences} sentences, {recipe["epochs"]} epoch(s), batch {recip
 Entity types: {", ".join(card.types)}.
 
 Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the answer
-is a JSON object from type to texts. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
+is a JSON object {_form(card)}. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
 
 Limits: a small model on a small budget; English; it extracts flat mentions of the types named in the prompt, misses
 many, and invents some. The data's licences (some non-commercial) may bear on what it is used for.
@@ -53,6 +53,10 @@ def _fold(card: Card) -> str:
         return ""
     return f"""; before it, the adapter
 `start` of its pool (content hash {card.base_fold[:12]}) is merged into the base model (`merge_and_unload`)"""
+
+
+def _form(card: Card) -> str:
+    return "from type to texts" if card.recipe.get("answer", "by_type") == "by_type" else "from text to type"
 
 
 def _scores(card: Card, dataset: str) -> str:

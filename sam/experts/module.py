@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sam.base import Base
-from sam.experts.data import IGNORED, Recipe
+from sam.experts.data import Recipe
 from sam.experts.lean import lean
+from sam.experts.packing import read
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The dtype of the large products where it is not the weights', by Lightning's precision."""
@@ -72,15 +73,11 @@ class ExpertModule(L.LightningModule):
         self.base.model.eval().to(self.base.device)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross-entropy over the answer tokens of ``batch`` (see :func:`sam.experts.data.collate`)."""
+        """Mean cross-entropy over the answer tokens of ``batch`` (see :func:`sam.experts.packing.collate`)."""
         causal = self.net.base_model.model
-        hidden = causal.get_decoder()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-        targets = batch["labels"][:, 1:]
-        asked = targets != IGNORED
-        logits = causal.get_output_embeddings()(hidden[:, :-1][asked]).float()
-        return torch.nn.functional.cross_entropy(logits, targets[asked])
+        hidden, targets = read(causal, batch)
+        logits = causal.get_output_embeddings()(hidden).float()
+        return torch.nn.functional.cross_entropy(logits, targets)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """One batch's loss."""

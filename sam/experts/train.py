@@ -27,6 +27,7 @@ from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Card
 from sam.experts.data import DATA_VERSION, ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
+from sam.experts.packing import most_packed
 from sam.ner import Sentence, entity_types
 from sam.results import versions
 from sam.seeding import rng
@@ -180,6 +181,7 @@ def fit(
     """Fit, from the last checkpoint if there is one; returns the adapter's tensors in PEFT's naming."""
     from peft import get_peft_model_state_dict
 
+    data.most_packed = most_packed(module.base.model)
     saver = ModelCheckpoint(
         dirpath=work, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False
     )

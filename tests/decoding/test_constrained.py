@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,11 +55,12 @@ def accepted(automaton: Answers, answer: str) -> bool:
     return automaton.final(state)
 
 
+@pytest.mark.parametrize("form", prompts.FORMS)
 @pytest.mark.parametrize("target", ["ai", "literature", "music", "politics", "science", "movie", "restaurant"])
-def test_gold_answers_of_the_mini_benchmark_are_in_the_language(target: str) -> None:
+def test_gold_answers_of_the_mini_benchmark_are_in_the_language(target: str, form: str) -> None:
     (one,) = load_targets(compose(f"target=mini_{target}")["target"])
     for sentence in one.scored:
-        gold = prompts.answer(sentence, one.types)
+        gold = prompts.answer(sentence, one.types, form)
         automaton = Answers(one.types, sentence.text)
         assert accepted(automaton, gold), gold
         assert not any(accepted(automaton, gold[:end]) for end in range(len(gold)))
@@ -78,6 +81,8 @@ def test_texts_that_are_accepted(text: str, pieces: list[str]) -> None:
         for types in (["place"], ["place", "person"], ["person", "place"]):
             answer = json.dumps({"place": [piece, piece]}, ensure_ascii=False)
             assert accepted(Answers(types, text), " " + answer), answer
+            by_mention = f' {{{json.dumps(" " + piece, ensure_ascii=False)}:" place"}}'
+            assert accepted(Answers(types, text), by_mention), by_mention
 
 
 @pytest.mark.parametrize(
@@ -111,12 +116,59 @@ def test_texts_that_are_accepted(text: str, pieces: list[str]) -> None:
         ' {"person": ["Ada"]',
         ' {"person": ["Ada"], "personal name": ["Ada"], }',
         ' {"person": ["Ada"], "personal name": ["Ada"], "x": ["Ada"]}',
+        ' {"Ada":" person"}',
+        ' {" Ada":"person"}',
+        ' {" Ada": " person"}',
+        ' {" Ada":" person", " Bath":" person"}',
+        ' {" Ada":" person",}',
+        ' {" Ada":" person","person": ["Bath"]}',
+        ' {"person": ["Ada"]," Bath":" person"}',
+        ' {"person": ["Ada"], " Bath":" person"}',
+        ' {" Ada":[" person"]}',
+        ' {" Ada":" city"}',
+        ' {" Ada":" pers"}',
+        ' {" Ad":" person"}',
+        ' {" ":" person"}',
+        ' {"  Ada":" person"}',
+        ' {" Ada":" person"," Ada":" personal name"}',
+        ' {" Bath":" person"," Ada":" person"}',
+        ' {" Ada":" person"',
+        ' {" Ada"}',
     ],
 )
 def test_answers_that_are_refused(answer: str) -> None:
     automaton = Answers(["person", "personal name"], "Ada went to Bath.")
     assert accepted(automaton, ' {"personal name": ["Ada"], "person": ["Bath", "Bath."]}')
+    assert accepted(automaton, ' {" Ada":" personal name"," Bath.":" person"}')
     assert not accepted(automaton, answer)
+
+
+def test_texts_that_are_keys_follow_one_another() -> None:
+    automaton = Answers(["a", "b"], "Ada saw Ada Byron, then Ada")
+    pairs = ['" Ada":" a"', '" Ada":" b"', '" Ada Byron":" a"', '" Byron":" b"', '" Ada":" a"']
+    for some, inside in [
+        ((0, 1, 2), False),
+        ((0, 1, 3, 4), True),
+        ((0, 2, 4), True),
+        ((2, 3, 0), True),
+        ((2, 0, 3), False),
+    ]:
+        assert accepted(automaton, " {" + ",".join(pairs[i] for i in some) + "}") is inside
+    # The first of a text's places counts: thrice, and not a fourth time.
+    assert accepted(automaton, " {" + ",".join(pairs[:1] * 3) + "}")
+    assert not accepted(automaton, " {" + ",".join(pairs[:1] * 4) + "}")
+
+
+@given(st.text('ab" .東', min_size=1), st.data())
+def test_every_state_of_the_language_leads_to_a_whole_answer(text: str, data: st.DataObject) -> None:
+    automaton = Answers(["a", "b b"], text)
+    state: Any = automaton.start
+    for _ in range(200):
+        after = [s for byte in range(256) if (s := automaton.step(state, byte)) is not None]
+        assert bool(after) is not automaton.final(state)
+        if not after:
+            break
+        state = data.draw(st.sampled_from(after))
 
 
 def test_nothing_can_be_named_without_types_or_without_words() -> None:

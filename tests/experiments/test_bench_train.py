@@ -17,7 +17,7 @@ def test_contestants_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False}
     recipe = Recipe(sentences=12, batch_size=2, r=4, alpha=8)
     plan = train.make_plan(base, recipe)
-    assert [len(batch) for batch in plan] == [2] * 6
+    assert [len(batch.examples) for batch in plan] == [2] * 6
     job = train.describe({"base": base, "trainer": trainer}, recipe, plan)
     ours = train.train(job, tmp_path / "ours")
     peer = _train_peer.train(False, job, str(tmp_path / "peer"))

@@ -12,7 +12,8 @@ import torch
 from experiments.pilots import DEFAULTS, LEFT_OUT, SIZES, PilotData, configure, domains, draw_scored, main, mean
 from sam import corpora
 from sam.errors import SamError
-from sam.experts.data import Example, Recipe, foreign_types
+from sam.experts.data import Recipe, foreign_types
+from sam.experts.packing import Batch
 from sam.ner import Sentence
 from tests.tiny import make_tokenizer, one_line
 from tests.toy_training import toy
@@ -45,10 +46,10 @@ def data(held: dict[str, list[Sentence]], **options: object) -> PilotData:
     return found
 
 
-def asked(example: Example) -> set[str]:
-    """The entity types that the example's prompt asks for."""
-    prompt = str(make_tokenizer().decode(list(example.ids[: -example.answer])))
-    return set(prompt.splitlines()[0].removeprefix("Entity types: ").split(", "))
+def asked(batch: Batch) -> set[str]:
+    """The entity types that the batch asks for."""
+    prefix = str(make_tokenizer().decode(list(batch.prefix)))
+    return set(prefix.splitlines()[0].removeprefix("Entity types: ").split(", "))
 
 
 def test_domains_are_those_of_the_experts_and_none_is_a_target() -> None:
@@ -73,7 +74,7 @@ def test_types_of_left_out_datasets_are_no_negatives() -> None:
     foreign = set(foreign_types("conll2003"))
     assert foreign & unasked
     pilots = data({}, sentences=40, negatives=16, label_drop=0.0)
-    types = set.union(*(asked(example) for batch in pilots.plan for example in batch))
+    types = set.union(*map(asked, pilots.plan))
     # The toys' own types are trained on, also where a left-out dataset has them.
     assert types & (foreign - unasked) and types & unasked == {"person", "location"}
     assert not set(pilots._foreign("conll2003")) & unasked and not set(pilots._foreign("bc5cdr")) & unasked
@@ -92,7 +93,11 @@ def test_a_pilot_is_a_line(
     assert main(["second", *overrides, "train.epochs=2", "--out", str(out)]) == 0
     first, second = map(json.loads, out.read_text().splitlines())
     assert (first["name"], first["overrides"]) == ("first", overrides) and second["name"] == "second"
-    assert (first["sentences"], first["steps"], second["steps"]) == (16, 4, 8)
+    assert (first["sentences"], first["steps"], second["steps"]) == (
+        16,
+        11,
+        22,
+    )  # a batch is of one of the eleven datasets
     assert first["recipe"]["r"] == 2 and second["recipe"] == {**first["recipe"], "epochs": 2}
     assert first["precision"] in ("32-true", "bf16-mixed") and first["base_fingerprint"]
     assert set(first["datasets"]) == {*LEFT_OUT, *(d for part in domains() for d in part)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
-import torch
 
 from sam import corpora, prompts
 from sam.base import Base
@@ -15,11 +16,9 @@ from sam.errors import SamError
 from sam.experts import ExpertDataModule, Recipe
 from sam.experts.data import (
     SCIENTIFIC,
-    Example,
+    Batch,
     Renderer,
     ResumableSampler,
-    batches,
-    collate,
     draw_sentences,
     foreign_types,
     rng,
@@ -100,22 +99,35 @@ def asked(text: str) -> list[str]:
     return text.partition("\n")[0].removeprefix("Entity types: ").split(", ")
 
 
-def test_example_is_the_prompt_and_the_answer_to_the_types_it_names(tiny: Base) -> None:
-    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.5))
+def texts_of(tokenizer: Any, batch: Batch) -> list[tuple[str, str]]:
+    """The (whole prompt, answer without its end) of each example."""
+    prompts_ = [tokenizer.decode([*batch.prefix, *e.ids[: -e.answer]]) for e in batch.examples]
+    return [(p, tokenizer.decode(e.ids[-e.answer : -1])) for p, e in zip(prompts_, batch.examples, strict=True)]
+
+
+@pytest.mark.parametrize("form", prompts.FORMS)
+def test_batch_is_the_prompts_and_the_answers_to_the_types_they_name(tiny: Base, form: str) -> None:
+    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.5, answer=form))
+    second = Sentence("s/1", "London saw us.", (Mention(0, 6, "type c"),))
     for epoch in range(40):
-        example = renderer(SENTENCE, TYPES, epoch)
-        text = tiny.tokenizer.decode(example.ids[: -example.answer])
-        assert text == prompts.render(asked(text), SENTENCE.text)
-        assert set(asked(text)) <= set(TYPES) and len(asked(text)) == len(set(asked(text)))
-        assert example.ids[-1] == 0
-        answer = tiny.tokenizer.decode(example.ids[-example.answer : -1])
-        assert answer == prompts.answer(SENTENCE, asked(text))
-        named = {t for t, _ in prompts.parse(answer).pairs}
-        assert named == {"type a", "type b"} & set(asked(text))
-        # Tokenised apart, as the decoder does it.
-        parts = (prompts.prefix(asked(text)), prompts.suffix(SENTENCE.text))
-        ids = [i for part in parts for i in tiny.tokenizer(part, add_special_tokens=False).input_ids]
-        assert list(example.ids[: -example.answer]) == ids
+        batch = renderer([SENTENCE, second], TYPES, epoch)
+        shown = texts_of(tiny.tokenizer, batch)
+        names = asked(shown[0][0])
+        assert set(names) <= set(TYPES) and len(names) == len(set(names))
+        for sentence, (prompt, answer), example in zip((SENTENCE, second), shown, batch.examples, strict=True):
+            assert prompt == prompts.render(names, sentence.text)
+            assert answer == prompts.answer(sentence, names, form)
+            assert {t for t, _ in prompts.parse(answer).pairs} == {t for t, _ in sentence.pairs} & set(names)
+            assert example.ids[-1] == 0
+            # Tokenised apart, as the decoder does it.
+            ids = tiny.tokenizer(prompts.suffix(sentence.text), add_special_tokens=False).input_ids
+            assert list(example.ids[: -example.answer]) == ids
+        assert list(batch.prefix) == tiny.tokenizer(prompts.prefix(names), add_special_tokens=False).input_ids
+
+
+def prompt_of(tiny: Base, renderer: Renderer, sentence: Sentence, epoch: int, foreign: Sequence[str] = ()) -> str:
+    """The prompt of a batch of one."""
+    return texts_of(tiny.tokenizer, renderer([sentence], TYPES, epoch, foreign))[0][0]
 
 
 def test_label_drop_is_a_types_chance_to_be_left_out(tiny: Base) -> None:
@@ -124,7 +136,7 @@ def test_label_drop_is_a_types_chance_to_be_left_out(tiny: Base) -> None:
     seen: Counter[str] = Counter()
     first: Counter[str] = Counter()
     for i in range(n):
-        names = asked(tiny.tokenizer.decode(renderer(replace(SENTENCE, id=f"s/{i}"), TYPES, 0).ids))
+        names = asked(prompt_of(tiny, renderer, replace(SENTENCE, id=f"s/{i}"), 0))
         seen.update(names)
         first[names[0]] += 1
     for t in TYPES:
@@ -135,47 +147,26 @@ def test_label_drop_is_a_types_chance_to_be_left_out(tiny: Base) -> None:
 def test_at_most_max_types_and_at_least_one(tiny: Base) -> None:
     few = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.0, max_types=3))
     none = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.999))
-    assert {len(asked(tiny.tokenizer.decode(few(SENTENCE, TYPES, e).ids))) for e in range(10)} == {3}
-    assert {len(asked(tiny.tokenizer.decode(none(SENTENCE, TYPES, e).ids))) for e in range(10)} == {1}
+    assert {len(asked(prompt_of(tiny, few, SENTENCE, e))) for e in range(10)} == {3}
+    assert {len(asked(prompt_of(tiny, none, SENTENCE, e))) for e in range(10)} == {1}
 
 
-def test_rendering_is_by_seed_sentence_and_epoch_alone(tiny: Base) -> None:
+def test_rendering_is_by_seed_first_sentence_and_epoch_alone(tiny: Base) -> None:
     one = Renderer(tiny.tokenizer, 0, Recipe(seed=1))
     random.seed(5)
-    example = one(SENTENCE, TYPES, 2)
+    batch = one([SENTENCE], TYPES, 2)
     random.seed(6)
-    assert Renderer(tiny.tokenizer, 0, Recipe(seed=1))(SENTENCE, TYPES, 2) == example
-    others = [one(SENTENCE, TYPES, 3), one(replace(SENTENCE, id="s/1"), TYPES, 2)]
-    others.append(Renderer(tiny.tokenizer, 0, Recipe(seed=2))(SENTENCE, TYPES, 2))
-    assert example not in others
+    assert Renderer(tiny.tokenizer, 0, Recipe(seed=1))([SENTENCE], TYPES, 2) == batch
+    others = [one([SENTENCE], TYPES, 3), one([replace(SENTENCE, id="s/1")], TYPES, 2)]
+    others.append(Renderer(tiny.tokenizer, 0, Recipe(seed=2))([SENTENCE], TYPES, 2))
+    assert batch not in others
+    assert one([SENTENCE, replace(SENTENCE, id="s/1")], TYPES, 2).prefix == batch.prefix
 
 
 def test_rng_is_the_same_in_every_process() -> None:
     # The first 8 bytes of sha256("(0, 'sentences')") seed it.
     assert rng(0, "sentences").random() == random.Random(int("3c3d588f4c604cb5", 16)).random()
     assert rng(0, "a").random() != rng(0, "b").random() != rng(1, "b").random()
-
-
-def test_batches_hold_every_example_once_and_are_of_similar_length() -> None:
-    draw = random.Random(0)
-    examples = [Example(tuple(range(draw.randrange(1, 100))) + (i,), 1) for i in range(101)]
-    cut = batches(examples, 4, random.Random(1))
-    assert sorted(e.ids for b in cut for e in b) == sorted(e.ids for e in examples)
-    assert sorted(map(len, cut))[-25:] == [4] * 25 and sum(map(len, cut)) == 101
-    spread = [max(len(e.ids) for e in b) - min(len(e.ids) for e in b) for b in cut]
-    assert sum(spread) / len(spread) < 15
-    assert cut == batches(examples, 4, random.Random(1)) != batches(examples, 4, random.Random(2))
-    firsts = [len(b[0].ids) for b in cut]
-    assert firsts != sorted(firsts)
-
-
-def test_collate_by_hand() -> None:
-    batch = collate([Example((5, 6, 7), 1), Example(tuple(range(10, 19)), 3)], pad_id=1)
-    pad, ignored = [1] * 13, [-100]
-    assert batch["input_ids"].tolist() == [[5, 6, 7, *pad], [*range(10, 19), *pad[:7]]]
-    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 13, [1] * 9 + [0] * 7]
-    assert batch["labels"].tolist() == [ignored * 2 + [7] + ignored * 13, ignored * 6 + [16, 17, 18] + ignored * 7]
-    assert {t.dtype for t in batch.values()} == {torch.int64}
 
 
 def test_sampler_goes_on_where_it_starts() -> None:
@@ -186,18 +177,28 @@ def test_sampler_goes_on_where_it_starts() -> None:
 
 @pytest.mark.usefixtures("sized")
 def test_data_module_draws_a_budget_for_each_domain(tiny: Base) -> None:
-    recipe = Recipe(sentences=20, epochs=3, batch_size=4, max_length=120)
+    recipe = Recipe(sentences=20, epochs=3, batch_size=4, max_length=120, detokenise=0.0)
     data = ExpertDataModule([["small", "middle"], ["large"]], tiny.tokenizer, 0, recipe)
     data.setup()
     found = Counter(s.id.split("/")[0] for s in data.sentences)
     assert found == {"small": 10, "middle": 10, "large": 20} and data.types == ["location", "person"]
-    assert sum(map(len, data.plan)) == 3 * 40
-    epochs = [data.plan[i : i + 10] for i in (0, 10, 20)]
-    texts = [
-        sorted(tiny.tokenizer.decode(e.ids).split("Text:")[1].split("\n")[0] for b in ep for e in b) for ep in epochs
-    ]
-    assert texts[0] == texts[1] == texts[2]  # each sentence once an epoch, rendered anew
-    assert epochs[0] != epochs[1]
+    epochs = [data.plan[i : i + 11] for i in (0, 11, 22)]
+    for batches in epochs:  # of 10, 10 and 20 sentences
+        assert Counter(len(b.examples) for b in batches) == {4: 9, 2: 2} and len(data.plan) == 33
+        for batch in batches:
+            read = {t.split("Text: ")[1].split("\n")[0] for t, _ in texts_of(tiny.tokenizer, batch)}
+            assert any(read <= {s.text for s in data.sentences if s.id.split("/")[0] == name} for name in SIZES)
+    texts = [sorted(t for b in batches for t, _ in texts_of(tiny.tokenizer, b)) for batches in epochs]
+    shown = [sorted(t.split("Text:")[1].split("\n")[0] for t in of_epoch) for of_epoch in texts]
+    assert shown[0] == shown[1] == shown[2]  # each sentence once an epoch, rendered anew
+    assert texts[0] != texts[1]
+    sets = [{frozenset(b.examples) for b in batches} for batches in epochs]
+    assert len(sets[0] & sets[1]) < 3
+    for batches in epochs:  # of the datasets in turns
+        texts_in_turn = [texts_of(tiny.tokenizer, b)[0][0].split("Text: ")[1].split("\n")[0] for b in batches]
+        of = {s.text: s.id.split("/")[0] for s in data.sentences}
+        changes = sum(of[a] != of[b] for a, b in zip(texts_in_turn, texts_in_turn[1:], strict=False))
+        assert changes > 3
     plan = data.plan
     data.setup()
     assert data.plan is plan
@@ -207,10 +208,19 @@ def test_data_module_draws_a_budget_for_each_domain(tiny: Base) -> None:
 
 
 @pytest.mark.usefixtures("sized")
-def test_long_sentences_are_left_out_and_none_left_is_refused(tiny: Base) -> None:
-    data = ExpertDataModule([["large"]], tiny.tokenizer, 0, Recipe(sentences=50, max_length=75, label_drop=0.0))
+def test_a_dataset_of_two_domains_counts_for_both(tiny: Base) -> None:
+    recipe = Recipe(sentences=20, max_length=120)
+    data = ExpertDataModule([["small", "middle"], ["middle"]], tiny.tokenizer, 0, recipe)
     data.setup()
-    assert len(data.sentences) > 0 and all(len(e.ids) <= 75 for b in data.plan for e in b)
+    assert Counter(s.id.split("/")[0] for s in data.sentences) == {"small": 10, "middle": 10 + 20}
+    assert sum(len(b.examples) for b in data.plan) == 40
+
+
+@pytest.mark.usefixtures("sized")
+def test_long_sentences_are_left_out_and_none_left_is_refused(tiny: Base) -> None:
+    data = ExpertDataModule([["large"]], tiny.tokenizer, 0, Recipe(sentences=50, max_length=55, label_drop=0.0))
+    data.setup()
+    assert len(data.sentences) > 0 and all(len(e.ids) <= 55 for b in data.plan for e in b.examples)
     assert max(len(s.text) for s in data.sentences) < max(len(s.text) for s in toy("large", "train", 200))
     with pytest.raises(SamError) as error:
         ExpertDataModule([["large"], ["small"]], tiny.tokenizer, 0, Recipe(max_length=8)).setup()
@@ -222,6 +232,10 @@ def test_loader_goes_on_after_the_batches_done(tiny: Base) -> None:
     data = ExpertDataModule([["small"]], tiny.tokenizer, 0, Recipe(sentences=10, batch_size=2, max_length=120))
     data.setup()
     full = [b["input_ids"].tolist() for b in data.train_dataloader()]
+    assert {len(rows) for rows in full} == {1}
+    data.most_packed = 0
+    assert {len(b["input_ids"]) for b in data.train_dataloader()} == {2}
+    data.most_packed = 512
     data.load_state_dict({"start": 3})
     assert [b["input_ids"].tolist() for b in data.train_dataloader()] == full[3:]
     assert data.state_dict() == {"start": 3}
@@ -230,7 +244,8 @@ def test_loader_goes_on_after_the_batches_done(tiny: Base) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lrate": 1}, "train.lrate is unknown; allowed: alpha, batch_size"),
+        ({"lrate": 1}, "train.lrate is unknown; allowed: alpha, answer, batch_size"),
+        ({"answer": "both"}, "train.answer=both is unknown; allowed: by_mention, by_type"),
         ({"epochs": 0}, "train.epochs=0 must be at least 1"),
         ({"label_drop": 1.0}, "train.label_drop=1.0 must lie in"),
         ({"lr": 0.0}, "train.lr=0.0 must be above 0"),
@@ -252,17 +267,15 @@ def test_negatives_are_foreign_types_without_gold(tiny: Base) -> None:
     foreign = ["gene", "drug", "cell", "organ"]
     added: Counter[int] = Counter()
     for epoch in range(200):
-        example = renderer(SENTENCE, TYPES, epoch, foreign)
-        text = tiny.tokenizer.decode(example.ids[: -example.answer])
+        ((text, answer),) = texts_of(tiny.tokenizer, renderer([SENTENCE], TYPES, epoch, foreign))
         assert set(TYPES) <= set(asked(text)) <= {*TYPES, *foreign}
         added[len(asked(text)) - len(TYPES)] += 1
-        answer = tiny.tokenizer.decode(example.ids[-example.answer : -1])
-        assert answer == prompts.answer(SENTENCE, asked(text)) and not set(foreign) & {
+        assert answer == prompts.answer(SENTENCE, asked(text), "by_type") and not set(foreign) & {
             t for t, _ in prompts.parse(answer).pairs
         }
     assert set(added) == {0, 1, 2, 3} and min(added.values()) > 30
     one = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.0, negatives=3, max_types=10))
-    assert {len(asked(tiny.tokenizer.decode(one(SENTENCE, TYPES, e, foreign).ids))) for e in range(20)} == {10}
+    assert {len(asked(prompt_of(tiny, one, SENTENCE, e, foreign))) for e in range(20)} == {10}
 
 
 SOURCES = [name for name in corpora.datasets() if corpora.spec(name).role == "source"]
@@ -290,7 +303,7 @@ def test_examples_with_negatives_keep_to_max_length(tiny: Base, monkeypatch: pyt
         recipe = Recipe(sentences=40, negatives=2, detokenise=0.5, max_length=limit)
         module = ExpertDataModule([["toy"]], tiny.tokenizer, 0, recipe)
         module.setup()
-        longest = max(len(e.ids) for batch in module.plan for e in batch)
+        longest = max(len(e.ids) for batch in module.plan for e in batch.examples)
         assert longest <= limit
     assert longest > 30
 
@@ -325,5 +338,7 @@ def test_detokenise_is_a_chance(tiny: Base) -> None:
     sentence = replace(SENTENCE, text="Ada saw London .")
     for chance, shown in ((0.0, {False}), (0.5, {False, True}), (1.0, {True})):
         renderer = Renderer(tiny.tokenizer, 0, Recipe(detokenise=chance))
-        texts = [tiny.tokenizer.decode(renderer(sentence, TYPES, e).ids) for e in range(30)]
+        texts = [prompt_of(tiny, renderer, sentence, e) for e in range(30)]
         assert {"London.\n" in text for text in texts} == shown
+    together = Renderer(tiny.tokenizer, 0, Recipe(detokenise=0.5))([sentence] * 30, TYPES, 0)
+    assert {"London.\n" in text for text, _ in texts_of(tiny.tokenizer, together)} == {False, True}

@@ -12,10 +12,11 @@ import torch
 
 from sam.base import Base
 from sam.experts import ExpertModule, Recipe
-from sam.experts.data import Example, collate
+from sam.experts.packing import Batch, Example, packed
 
-BATCH = collate([Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1)], pad_id=1)
-EXPECTED_TOKENS = 6 + 4 + 1
+EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
+PREFIX = (1, 30, 31, 2)
+BATCH = packed(Batch(PREFIX, EXAMPLES))
 
 
 @pytest.fixture
@@ -32,33 +33,33 @@ def module(tiny: Base) -> Iterator[ExpertModule]:
     yield found
 
 
-def test_loss_is_that_of_the_whole_models_logits_on_answer_tokens(module: ExpertModule) -> None:
-    loss = module.loss(BATCH)
-    whole = module.net(**BATCH).loss
-    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
-    logits = module.net(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits.log_softmax(-1)
-    rows, columns = (BATCH["labels"] != -100).nonzero(as_tuple=True)
-    by_hand = [-logits[r, c - 1, BATCH["input_ids"][r, c]].item() for r, c in zip(rows, columns, strict=True)]
-    assert len(by_hand) == EXPECTED_TOKENS
-    assert loss.item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+def apart(module: ExpertModule) -> torch.Tensor:
+    """The loss of the examples read one by one, each with the prefix before it."""
+    of_tokens = []
+    for example in EXAMPLES:
+        ids = torch.tensor([[*PREFIX, *example.ids]])
+        logits = module.net(input_ids=ids).logits[0, -example.answer - 1 : -1].log_softmax(-1)
+        of_tokens.append(-logits[torch.arange(example.answer), ids[0, -example.answer :]])
+    return torch.cat(of_tokens).mean()
 
 
-def test_gradients_are_those_of_the_whole_models_loss(module: ExpertModule) -> None:
+def test_loss_is_the_mean_of_all_answer_tokens_of_examples_read_apart(module: ExpertModule) -> None:
+    assert module.loss(BATCH).item() == pytest.approx(apart(module).item(), rel=1e-5)
+    one = packed(Batch(PREFIX, EXAMPLES[:1]))
+    assert module.loss(one).item() == pytest.approx(module.net(**one).loss.item(), rel=1e-5)
+
+
+def test_gradients_are_those_of_examples_read_apart(module: ExpertModule) -> None:
     trained = [p for p in module.net.parameters() if p.requires_grad]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several threads add up in another order, beyond this bound
     try:
         found = torch.autograd.grad(module.loss(BATCH), trained)
-        expected = torch.autograd.grad(module.net(**BATCH).loss, trained)
+        expected = torch.autograd.grad(apart(module), trained)
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7) and a.abs().sum() > 0
-
-
-def test_padding_changes_no_loss(module: ExpertModule) -> None:
-    wide = {k: torch.nn.functional.pad(v, (0, 9), value=-100 if k == "labels" else 0) for k, v in BATCH.items()}
-    assert module.loss(wide).item() == pytest.approx(module.loss(BATCH).item(), rel=1e-6)
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6) and a.abs().sum() > 0
 
 
 def test_only_lora_on_all_linear_layers_but_the_head_is_trained(module: ExpertModule) -> None:

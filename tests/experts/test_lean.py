@@ -24,10 +24,12 @@ from transformers import (
 
 from sam.base import Base
 from sam.experts import ExpertModule, Recipe
-from sam.experts.data import Example, collate
 from sam.experts.lean import ATTENTION, groups, lean, page_out
+from sam.experts.packing import Batch, Example, padded
 
-BATCH = collate([Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1)], pad_id=1)
+EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
+PREFIX = (1, 30, 31, 2)
+BATCH = padded(Batch(PREFIX, EXAMPLES))
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 64,
@@ -72,11 +74,13 @@ def expert(kind: str = "llama") -> ExpertModule:
     return module
 
 
-def learn(module: ExpertModule, dtype: torch.dtype | None = None, autocast: bool = False) -> dict[str, torch.Tensor]:
+def learn(
+    module: ExpertModule, dtype: torch.dtype | None = None, autocast: bool = False, batch: Any = BATCH
+) -> dict[str, torch.Tensor]:
     """The loss and the gradients, lean in ``dtype`` or as PEFT has it."""
     way = nullcontext() if dtype is None else lean(module.net, dtype)
     with way, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = module.loss(BATCH)
+        loss = module.loss(batch)
     # Backward is called outside of autocast, as Lightning does.
     named = {name: p for name, p in module.net.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()))

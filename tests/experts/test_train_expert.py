@@ -282,7 +282,7 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
     base = dataclasses.replace(tiny, fingerprint="f" * 64)
     plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
     # Experts that are already trained are known by it.
-    assert plain == "247a0111a26e0501"
+    assert plain == "1ab5529745deb8fe"
     others = [
         recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
         recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
@@ -291,8 +291,9 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
         *(
             recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
             for name, value in Recipe().to_dict().items()
-            if name != "heldout"
+            if name not in ("heldout", "answer")
         ),
+        recipe_hash(base, [["a", "b"]], Recipe(answer="by_mention"), "32-true"),
     ]
     assert len({plain, *others}) == len(others) + 1
     assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true") == plain
@@ -367,7 +368,7 @@ def test_scores_are_those_of_the_saved_adapter(
 
         layer = base.model.model.layers[0].mlp.up_proj
         asked.append(layer(torch.eye(layer.in_features)).T)
-        return [Answer(answer(next(s for s in sentences if s.text == t), types), False) for t in texts]
+        return [Answer(answer(next(s for s in sentences if s.text == t), types, "by_type"), False) for t in texts]
 
     monkeypatch.setattr("sam.decoding.greedy.decode", perfect)
     scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, DecodeSpec(8, 2, "exact"))

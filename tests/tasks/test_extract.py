@@ -79,9 +79,9 @@ def _pretended(prefix: str, suffix: str, weight: int) -> str:
     turn = (weight + len(text)) % 4
     gold = GOLD.get(text, Sentence("", text, ()))
     if turn == 0:
-        return prompts.answer(gold, types)
+        return prompts.answer(gold, types, "by_type")
     if turn == 1:
-        return prompts.answer(gold, types[::2])
+        return prompts.answer(gold, types[::2], "by_mention")
     wrong = {types[0]: ["not there", text[:3]], "wizard": ["x"]}
     return f" {json.dumps(wrong)}" if turn == 2 else "I do not know"
 

@@ -1,0 +1,121 @@
+"""A training batch as tensors: one row for all its sentences where the model reads that rightly, else a row for each.
+
+In one row the prompt's shared part is computed once and nothing is padding, so a step costs a quarter to a third less.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+
+MOST = 512
+"""Tokens of one row: attention is over all of it, and in a longer one would cost more than is saved."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one sentence, as the prompt's ``suffix``, and its answer: the loss is on the last ``answer``."""
+
+    ids: tuple[int, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of sentences that are asked for the same types, and the token ids of the prompt's ``prefix``."""
+
+    prefix: tuple[int, ...]
+    examples: tuple[Example, ...]
+
+
+def collate(batch: Batch, most: int) -> dict[str, torch.Tensor]:
+    """``batch`` in one row if it has at most ``most`` tokens, else in a row for each example."""
+    length = len(batch.prefix) + sum(len(e.ids) for e in batch.examples)
+    return packed(batch) if length <= most else padded(batch)
+
+
+def packed(batch: Batch) -> dict[str, torch.Tensor]:
+    """One row: the prefix, then each example as if it alone came after it.
+
+    ``input_ids``, ``position_ids`` and ``labels`` [1, length] (labels are -100 outside of answers) and
+    ``attention_mask`` [1, 1, length, length], true where a token may look: at the prefix, and at what comes before it
+    in its own example.
+    """
+    parts = [batch.prefix, *(e.ids for e in batch.examples)]
+    # Few distinct shapes: CPU and GPU libraries prepare a kernel for each.
+    room = -sum(map(len, parts)) % 16
+    ids = torch.tensor([token for part in parts for token in part] + [0] * room)
+    owner = torch.tensor([i for i, part in enumerate(parts) for _ in part] + [-1] * room)
+    starts = [0] + [len(batch.prefix)] * len(batch.examples)
+    positions = [start + place for start, part in zip(starts, parts, strict=True) for place in range(len(part))]
+    labels = [IGNORED] * len(batch.prefix) + [label for e in batch.examples for label in _labels(e)]
+    allowed = (owner[:, None] == owner[None, :]) | (owner[None, :] == 0)
+    return {
+        "input_ids": ids[None],
+        "position_ids": torch.tensor(positions + [0] * room)[None],
+        "attention_mask": allowed.tril_()[None, None],
+        "labels": torch.tensor(labels + [IGNORED] * room)[None],
+    }
+
+
+def padded(batch: Batch) -> dict[str, torch.Tensor]:
+    """A right-padded row for each example, the prefix before it: ``input_ids``, ``attention_mask`` (1 where there is a
+    token) and ``labels`` [batch, length]."""
+    rows = [[*batch.prefix, *e.ids] for e in batch.examples]
+    length = -(-max(map(len, rows)) // 8) * 8
+    labels = [[IGNORED] * len(batch.prefix) + _labels(e) for e in batch.examples]
+    return {
+        "input_ids": torch.tensor([_filled(row, length, 0) for row in rows]),
+        "attention_mask": torch.tensor([_filled([1] * len(row), length, 0) for row in rows]),
+        "labels": torch.tensor([_filled(row, length, IGNORED) for row in labels]),
+    }
+
+
+def _labels(example: Example) -> list[int]:
+    asked = len(example.ids) - example.answer
+    return [IGNORED] * asked + list(example.ids[asked:])
+
+
+def _filled(row: Sequence[int], length: int, value: int) -> list[int]:
+    return [*row, *[value] * (length - len(row))]
+
+
+def read(causal: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a batch as :func:`collate` lays it out, the hidden states from which answer tokens are to be told, [tokens,
+    width], and these tokens, [tokens]."""
+    mask, decoder = batch["attention_mask"], causal.get_decoder()
+    if mask.dtype == torch.bool and decoder.config._attn_implementation != "sdpa":  # all others add it to the scores
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    positions = {name: tensor for name, tensor in batch.items() if name == "position_ids"}
+    hidden = decoder(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **positions).last_hidden_state
+    targets = batch["labels"][:, 1:]
+    asked = targets != IGNORED
+    return hidden[:, :-1][asked], targets[asked]
+
+
+@torch.no_grad()
+def most_packed(causal: Any) -> int:
+    """How many tokens a packed row may have for the model: none if it reads a small one otherwise than apart.
+
+    So do models with recurrent layers, and those that take positions from the mask. A window beyond which a model does
+    not look would not be seen in a row.
+    """
+    probe = Batch((1, 2, 3), (Example((4, 5, 6, 3, 2), 2), Example((5, 4, 2), 1), Example((1, 6, 5, 4), 2)))
+    device = causal.get_decoder().device
+    try:
+        apart, one = (read(causal, {k: t.to(device) for k, t in lay(probe).items()})[0] for lay in (padded, packed))
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        log.info("%s reads no packed rows: %s", type(causal).__name__, error)
+        return 0
+    if float((apart - one).abs().max()) > torch.finfo(apart.dtype).eps ** 0.5 * float(apart.abs().max()):
+        log.info("%s reads packed rows otherwise than apart: each sentence has a row of its own", type(causal).__name__)
+        return 0
+    return min(MOST, getattr(causal.config, "sliding_window", None) or MOST)

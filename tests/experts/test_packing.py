@@ -1,0 +1,110 @@
+"""A batch in one row or in several: the same to every model, and one row only to those that read it so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+
+from sam.experts.lean import lean
+from sam.experts.packing import MOST, Batch, Example, collate, most_packed, packed, padded
+from tests.experts.test_lean import BATCH, EXAMPLES, MODELS, PREFIX, SIZES, assert_close, expert, learn
+
+WHOLE = Batch(PREFIX, EXAMPLES)
+WINDOWLESS: dict[str, Any] = {"vocab_size": 60, "hidden_size": 64, "num_hidden_layers": 2}
+
+
+def test_packed_by_hand() -> None:
+    found = packed(Batch((5, 6), (Example((7, 8, 9), 1), Example((7, 4), 1))))
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 4] + [0] * 9]
+    assert found["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3] + [0] * 9]
+    assert found["labels"].tolist() == [[-100] * 4 + [9, -100, 4] + [-100] * 9]
+    (((mask),),) = found["attention_mask"].tolist()
+    assert [[place for place, seen in enumerate(row) if seen] for row in mask[:7]] == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [0, 1, 5],
+        [0, 1, 5, 6],
+    ]
+    assert all(row[i] for i, row in enumerate(mask))  # none is empty, also of what fills up
+    assert packed(Batch((1,) * 10, (Example((2,) * 6, 1),)))["input_ids"].shape == (1, 16)
+
+
+def test_padded_by_hand() -> None:
+    found = padded(Batch((5, 6), (Example((7, 8, 9), 1), Example((7, 4), 1))))
+    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [5, 6, 7, 4, 0, 0, 0, 0]]
+    assert found["attention_mask"].tolist() == [[1] * 5 + [0] * 3, [1] * 4 + [0] * 4]
+    assert found["labels"].tolist() == [[-100] * 4 + [9] + [-100] * 3, [-100] * 3 + [4] + [-100] * 4]
+
+
+def test_one_row_up_to_a_length() -> None:
+    length = len(PREFIX) + sum(len(e.ids) for e in EXAMPLES)
+    assert len(collate(WHOLE, length)["input_ids"]) == 1
+    assert len(collate(WHOLE, length - 1)["input_ids"]) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("way", ["plain", "lean", "eager", "lean eager"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_row_teaches_what_several_do(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = expert(kind)
+    config = module.base.model.config
+    if kind == "gemma3":
+        assert most_packed(module.base.model) == config.sliding_window == 8
+        config.sliding_window = 64
+        for layer in module.base.model.model.layers:
+            layer.self_attn.sliding_window = 64
+    if "eager" in way:
+        module.base.model.set_attn_implementation("eager")
+    assert most_packed(module.base.model) == min(MOST, getattr(config, "sliding_window", None) or MOST)
+    dtype = torch.float32 if "lean" in way else None
+    found = learn(module, dtype, batch=packed(WHOLE))
+    assert_close(found, learn(module, dtype, batch=padded(WHOLE)))
+
+
+OTHERS = {
+    "recurrent": lambda: MambaForCausalLM(MambaConfig(**WINDOWLESS, state_size=4)),
+    "positions from the mask": lambda: MptForCausalLM(MptConfig(vocab_size=60, d_model=64, n_heads=4, n_layers=2)),
+    "two-dimensional masks alone": lambda: BloomForCausalLM(BloomConfig(**WINDOWLESS, n_head=4)),
+    "alibi": lambda: FalconForCausalLM(FalconConfig(**WINDOWLESS, num_attention_heads=4, alibi=True)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_read_a_row_otherwise_get_several(kind: str) -> None:
+    torch.manual_seed(0)
+    assert most_packed(OTHERS[kind]().eval()) == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FalconForCausalLM(FalconConfig(**WINDOWLESS, num_attention_heads=4)),
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, sliding_window=64)),
+    ],
+)
+def test_models_with_attention_of_their_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon asks for SDPA by its name, Gemma 2 is eager by default."""
+    monkeypatch.setitem(MODELS, "own", make)
+    module = expert("own")
+    assert most_packed(module.base.model) > 40
+    expected = learn(module, batch=padded(WHOLE))
+    for dtype in (None, torch.float32):
+        assert_close(learn(module, dtype, batch=packed(WHOLE)), expected)
+    with lean(module.net, torch.float32):
+        assert module.loss(BATCH).item() == pytest.approx(expected["loss"].item(), rel=1e-5)
