@@ -103,7 +103,8 @@ class Pool:
         return self.path / name
 
     def check(self, fingerprint: str, prompt_version: str, names: Iterable[str] | None = None) -> None:
-        """Refuse, before anything is loaded, experts of another base or prompt, and corrupt or missing weights."""
+        """Refuse, before anything is loaded, experts of another base or prompt, experts that answer in different forms,
+        and corrupt or missing weights."""
         from safetensors import SafetensorError, safe_open
 
         forms: dict[str, str] = {}
@@ -126,7 +127,7 @@ class Pool:
                 (one, first), (other, second) = forms.items()
                 raise SamError(
                     f"expert {first!r} answers {one} and {second!r} {other}: merged they would answer in neither form; "
-                    "train one of them again with the other's train.answer, or leave it out (experts.exclude)"
+                    "train one of them again with the other's train.answer, or keep them in pools of their own"
                 )
             if not (path / CONFIG_FILE).is_file():
                 raise SamError(f"{path} has no {CONFIG_FILE}; train the expert again")

@@ -56,7 +56,9 @@ def _fold(card: Card) -> str:
 
 
 def _form(card: Card) -> str:
-    return "from type to texts" if card.recipe.get("answer", "by_type") == "by_type" else "from text to type"
+    if card.recipe.get("answer", "by_type") == "by_type":
+        return 'from type to texts, `{"person": ["Ada"]}`'
+    return 'from text to type, a space before either, `{" Ada":" person"}`'
 
 
 def _scores(card: Card, dataset: str) -> str:

@@ -119,9 +119,12 @@ class ExpertModule(L.LightningModule):
         """``[step, mean loss since the point before]`` at about ``points`` steps."""
         losses = [float(x) for x in self.losses]
         size = -(-len(losses) // points) if losses else 1
-        parts = (losses[i : i + size] for i in range(0, len(losses), size))
-        ends = (min(i + size, len(losses)) for i in range(0, len(losses), size))
-        return [[end, round(sum(part) / len(part), 4)] for end, part in zip(ends, parts, strict=True)]
+        # What is left over is of the last point, not one of its own.
+        ends = [*range(size, len(losses) - size + 1, size), len(losses)] if losses else []
+        starts = [0, *ends[:-1]]
+        return [
+            [end, round(sum(losses[start:end]) / (end - start), 4)] for start, end in zip(starts, ends, strict=False)
+        ]
 
 
 def adamw(trained: list[torch.nn.Parameter], recipe: Recipe, fused: bool) -> torch.optim.Optimizer:

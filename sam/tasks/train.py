@@ -11,6 +11,7 @@ from sam.console import print_table
 from sam.decoding import DecodeSpec
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
+from sam.experts.card import CARD_FILE, Card
 from sam.experts.data import Recipe
 from sam.experts.train import train_expert
 from sam.tracking import tracked
@@ -29,6 +30,7 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
     if domain["role"] == "start" and config["base"].get("fold"):
         raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")
+    _check_start(config["base"].get("fold"), recipe.answer)
     base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"]))
     with tracked(config, folder, group, name=f"train {domain['name']}") as run:
         logger: Any = False
@@ -56,3 +58,15 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     rows = [[d, f"{100 * s['f1']:.1f}", str(s["n"])] for d, s in card.scores["datasets"].items()]
     print_table(f"{out}: held-out F1 (mean {100 * f1:.1f})", ["dataset", "F1", "n"], rows)
     return f1
+
+
+def _check_start(fold: str | None, answer: str) -> None:
+    """Refuse a start that has taught the base model the other form of answers."""
+    if fold is None or not (Path(fold).expanduser() / CARD_FILE).is_file():
+        return
+    taught = Card.read(Path(fold).expanduser()).recipe.get("answer", "by_type")
+    if taught != answer:
+        raise SamError(
+            f"base.fold={fold} answers {taught}, not train.answer={answer}: fold in a start that was trained so "
+            f"(task=train domain=start base.fold=null train.answer={answer}), or take train.answer={taught}"
+        )

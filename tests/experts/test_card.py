@@ -193,7 +193,16 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
         ({"answer": "by_mention"}, "text to type"),
     ):
         write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "32-true", **answer}))
-        assert f"a JSON object from {told}." in (tmp_path / "README.md").read_text()
+        assert f"a JSON object from {told}" in (tmp_path / "README.md").read_text()
+
+
+def test_experts_by_mention_belong_to_their_start(smollm: Base) -> None:
+    path = Path(compose()["experts"]["path"]).with_name("smollm2_135m_by_mention")
+    pool = Pool(path)
+    spec = BaseSpec.from_config({**compose()["base"], "fold": str(path / "start")})
+    pool.check(smollm.fingerprint, PROMPT_VERSION, ["start"])
+    pool.check(identity(spec), PROMPT_VERSION)
+    assert pool.names and {card.recipe["answer"] for card in pool.cards.values()} == {"by_mention"}
 
 
 def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:

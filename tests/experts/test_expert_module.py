@@ -12,11 +12,11 @@ import torch
 
 from sam.base import Base
 from sam.experts import ExpertModule, Recipe
-from sam.experts.packing import Batch, Example, packed
+from sam.experts.packing import Example, packed
 
 EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
 PREFIX = (1, 30, 31, 2)
-BATCH = packed(Batch(PREFIX, EXAMPLES))
+BATCH = packed(PREFIX, [EXAMPLES])
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def apart(module: ExpertModule) -> torch.Tensor:
 
 def test_loss_is_the_mean_of_all_answer_tokens_of_examples_read_apart(module: ExpertModule) -> None:
     assert module.loss(BATCH).item() == pytest.approx(apart(module).item(), rel=1e-5)
-    one = packed(Batch(PREFIX, EXAMPLES[:1]))
+    one = packed(PREFIX, [EXAMPLES[:1]])
     assert module.loss(one).item() == pytest.approx(module.net(**one).loss.item(), rel=1e-5)
 
 
@@ -100,6 +100,17 @@ def test_learning_rate_warms_up_and_decays_to_nothing(module: ExpertModule) -> N
     assert rates[4] == pytest.approx(0.1 * (1 + 0.70710678) / 2)
     assert rates[6] == pytest.approx(0.05) and rates[10] == pytest.approx(0, abs=1e-9)
     assert optimizer.defaults["weight_decay"] == 0.5 and found["lr_scheduler"]["interval"] == "step"
+
+
+def test_curve_has_no_point_of_the_few_steps_left_over(tiny: Base) -> None:
+    module = ExpertModule(tiny, Recipe())
+    assert module.curve() == []
+    module.losses = [torch.tensor(float(i)) for i in range(11)]
+    assert module.curve(points=3) == [[4, 1.5], [11, 7.0]]
+    assert module.curve(points=5) == [[3, 1.0], [6, 4.0], [11, 8.0]]
+    assert module.curve(points=40) == [[i + 1, float(i)] for i in range(11)]
+    module.losses = module.losses[:1]
+    assert module.curve(points=3) == [[1, 0.0]]
 
 
 def test_a_checkpoint_holds_only_what_is_trained(module: ExpertModule) -> None:

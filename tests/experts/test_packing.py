@@ -28,7 +28,7 @@ WINDOWLESS: dict[str, Any] = {"vocab_size": 60, "hidden_size": 64, "num_hidden_l
 
 
 def test_packed_by_hand() -> None:
-    found = packed(Batch((5, 6), (Example((7, 8, 9), 1), Example((7, 4), 1))))
+    found = packed((5, 6), [[Example((7, 8, 9), 1), Example((7, 4), 1)]])
     assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 4] + [0] * 9]
     assert found["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3] + [0] * 9]
     assert found["labels"].tolist() == [[-100] * 4 + [9, -100, 4] + [-100] * 9]
@@ -43,7 +43,7 @@ def test_packed_by_hand() -> None:
         [0, 1, 5, 6],
     ]
     assert all(row[i] for i, row in enumerate(mask))  # none is empty, also of what fills up
-    assert packed(Batch((1,) * 10, (Example((2,) * 6, 1),)))["input_ids"].shape == (1, 16)
+    assert packed((1,) * 10, [[Example((2,) * 6, 1)]])["input_ids"].shape == (1, 16)
 
 
 def test_padded_by_hand() -> None:
@@ -53,15 +53,22 @@ def test_padded_by_hand() -> None:
     assert found["labels"].tolist() == [[-100] * 4 + [9] + [-100] * 3, [-100] * 3 + [4] + [-100] * 4]
 
 
-def test_one_row_up_to_a_length() -> None:
-    length = len(PREFIX) + sum(len(e.ids) for e in EXAMPLES)
-    assert len(collate(WHOLE, length)["input_ids"]) == 1
-    assert len(collate(WHOLE, length - 1)["input_ids"]) == len(EXAMPLES)
+def test_rows_are_filled_up_to_a_length() -> None:
+    length = len(PREFIX) + sum(len(e.ids) for e in EXAMPLES)  # 4 + 22 + 11 + 3
+    assert [len(collate(WHOLE, most)["input_ids"]) for most in (length, length - 1, 26)] == [1, 2, 2]
+    two = collate(WHOLE, 26)  # [22], [11, 3]
+    assert two["labels"].tolist()[1][: 4 + 11 + 3] == [-100] * 11 + [47, 48, 49, 50] + [-100] * 2 + [9]
+    assert two["attention_mask"].shape == (2, 1, 32, 32) and two["attention_mask"].any(-1).all()
+    apart = collate(WHOLE, 25)  # the first alone is longer
+    assert len(apart["input_ids"]) == 3 and apart["attention_mask"].ndim == 2
+    wide = Batch(PREFIX, EXAMPLES * 40)
+    lengths = collate(wide, 64)["attention_mask"].any(-2).sum(-1)
+    assert int(lengths.max()) <= 64 and sum((collate(wide, 64)["labels"] != -100).sum(1)) == 40 * 11
 
 
 @pytest.mark.parametrize("way", ["plain", "lean", "eager", "lean eager"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_one_row_teaches_what_several_do(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_teach_what_one_for_each_does(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = expert(kind)
     config = module.base.model.config
     if kind == "gemma3":
@@ -73,8 +80,9 @@ def test_one_row_teaches_what_several_do(kind: str, way: str, monkeypatch: pytes
         module.base.model.set_attn_implementation("eager")
     assert most_packed(module.base.model) == min(MOST, getattr(config, "sliding_window", None) or MOST)
     dtype = torch.float32 if "lean" in way else None
-    found = learn(module, dtype, batch=packed(WHOLE))
-    assert_close(found, learn(module, dtype, batch=padded(WHOLE)))
+    expected = learn(module, dtype, batch=padded(WHOLE))
+    for most in (MOST, 26):
+        assert_close(learn(module, dtype, batch=collate(WHOLE, most)), expected)
 
 
 OTHERS = {
@@ -105,6 +113,6 @@ def test_models_with_attention_of_their_own(make: Any, monkeypatch: pytest.Monke
     assert most_packed(module.base.model) > 40
     expected = learn(module, batch=padded(WHOLE))
     for dtype in (None, torch.float32):
-        assert_close(learn(module, dtype, batch=packed(WHOLE)), expected)
+        assert_close(learn(module, dtype, batch=collate(WHOLE, MOST)), expected)
     with lean(module.net, torch.float32):
         assert module.loss(BATCH).item() == pytest.approx(expected["loss"].item(), rel=1e-5)
