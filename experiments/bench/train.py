@@ -2,9 +2,9 @@
 
 Every contestant trains in a process of its own on the same batches in the same order, from the same factors, with the
 same optimizer and learning rates. Tokens are those of whole prompts and answers, without padding (a prompt's shared
-part counts for each sentence, also where it is computed once), seconds those of the fit or train call,
-without loading; the peak is the process's. The text is conll2003's where ``SAM_MIRROR`` names a mirror of the corpora,
-else the embedded mini benchmark's.
+part counts for each sentence, also where it is computed once), seconds those of the fit or train call, without loading;
+the peak is the process's. The text is conll2003's where ``SAM_MIRROR`` names a mirror of the corpora, else the embedded
+mini benchmark's.
 """
 
 from __future__ import annotations

@@ -48,6 +48,12 @@ class Card:
     licences: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def form(self) -> str:
+        """The form in which it answers (see :func:`sam.prompts.answer`): by type, where the recipe is from before there
+        was another."""
+        return str(self.recipe.get("answer", "by_type"))
+
     def write(self, folder: Path) -> None:
         """Write ``expert.json`` into ``folder``."""
         (folder / CARD_FILE).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -122,7 +128,7 @@ class Pool:
                     f"expert {name!r} was trained with prompt version {card.prompt_version}, this is {prompt_version}; "
                     "train it again"
                 )
-            forms.setdefault(card.recipe.get("answer", "by_type"), name)
+            forms.setdefault(card.form, name)
             if len(forms) > 1:
                 (one, first), (other, second) = forms.items()
                 raise SamError(

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sam.base import SIBLINGS
+from sam.experts.packing import additive
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 """Norms that compute ``w * x / rms(x)`` and whose output only linear layers read."""
@@ -172,11 +173,9 @@ def attend(
 
 
 def additive_mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    """The mask of SDPA as numbers to add to the scores, fp32: 0 where a token may look, else the least number."""
+    """The mask of SDPA as numbers to add to the scores."""
     allowed = sdpa_mask(*args, **options)
-    if allowed is None:
-        return None
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    return None if allowed is None else additive(allowed)
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -56,7 +56,7 @@ def _fold(card: Card) -> str:
 
 
 def _form(card: Card) -> str:
-    if card.recipe.get("answer", "by_type") == "by_type":
+    if card.form == "by_type":
         return 'from type to texts, `{"person": ["Ada"]}`'
     return 'from text to type, a space before either, `{" Ada":" person"}`'
 

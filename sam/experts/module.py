@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -120,11 +121,8 @@ class ExpertModule(L.LightningModule):
         losses = [float(x) for x in self.losses]
         size = -(-len(losses) // points) if losses else 1
         # What is left over is of the last point, not one of its own.
-        ends = [*range(size, len(losses) - size + 1, size), len(losses)] if losses else []
-        starts = [0, *ends[:-1]]
-        return [
-            [end, round(sum(losses[start:end]) / (end - start), 4)] for start, end in zip(starts, ends, strict=False)
-        ]
+        bounds = [*range(0, len(losses) - size + 1, size), len(losses)]
+        return [[end, round(sum(losses[start:end]) / (end - start), 4)] for start, end in pairwise(bounds)]
 
 
 def adamw(trained: list[torch.nn.Parameter], recipe: Recipe, fused: bool) -> torch.optim.Optimizer:

@@ -101,14 +101,19 @@ def _filled(row: Sequence[int], length: int, value: int) -> list[int]:
     return [*row, *[value] * (length - len(row))]
 
 
+def additive(allowed: torch.Tensor) -> torch.Tensor:
+    """A boolean mask as numbers to add to the scores, fp32: 0 where a token may look, else the least number."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+
+
 def read(causal: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a batch as :func:`collate` lays it out, the hidden states from which answer tokens are to be told, [tokens,
     width], and these tokens, [tokens]."""
     mask, decoder = batch["attention_mask"], causal.get_decoder()
     if mask.dtype == torch.bool and decoder.config._attn_implementation != "sdpa":  # all others add it to the scores
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    positions = {name: tensor for name, tensor in batch.items() if name == "position_ids"}
-    hidden = decoder(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        mask = additive(mask)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"} | {"attention_mask": mask}
+    hidden = decoder(**inputs, use_cache=False).last_hidden_state
     targets = batch["labels"][:, 1:]
     asked = targets != IGNORED
     return hidden[:, :-1][asked], targets[asked]

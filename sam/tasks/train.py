@@ -62,9 +62,10 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
 
 def _check_start(fold: str | None, answer: str) -> None:
     """Refuse a start that has taught the base model the other form of answers."""
-    if fold is None or not (Path(fold).expanduser() / CARD_FILE).is_file():
+    start = None if fold is None else Path(fold).expanduser()
+    if start is None or not (start / CARD_FILE).is_file():
         return
-    taught = Card.read(Path(fold).expanduser()).recipe.get("answer", "by_type")
+    taught = Card.read(start).form
     if taught != answer:
         raise SamError(
             f"base.fold={fold} answers {taught}, not train.answer={answer}: fold in a start that was trained so "

@@ -68,7 +68,7 @@ def test_rows_are_filled_up_to_a_length() -> None:
 
 @pytest.mark.parametrize("way", ["plain", "lean", "eager", "lean eager"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_few_rows_teach_what_one_for_each_does(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_teach_what_one_for_each_does(kind: str, way: str) -> None:
     module = expert(kind)
     config = module.base.model.config
     if kind == "gemma3":
