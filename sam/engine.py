@@ -19,9 +19,6 @@ from sam.experts.card import Pool
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, model_key
 from sam.ner import Prediction
 
-KEEP_EVERY = 32
-"""Answers that are put into the store at a time."""
-
 SINGLE = MergeSpec("linear")
 """The merge of a single expert: it gives that expert untouched, as every merge of one does."""
 
@@ -130,9 +127,8 @@ class Engine:
         asked: Mapping[str, tuple[tuple[str, ...], str]],
         progress: Callable[[int], None] | None,
     ) -> dict[str, tuple[str, bool]]:
-        """Decode what is ``asked`` (name to types and text), keeping answers as they come: a killed run loses few."""
+        """Decode what is ``asked`` (name to types and text), each answer kept as it comes: a killed run loses none."""
         answers: dict[str, tuple[str, bool]] = {}
-        unkept: dict[str, tuple[str, bool]] = {}
         names = list(asked)
         parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in asked.values()]
         # Another model's answer to the same prompt is a guess at this one's.
@@ -142,25 +138,17 @@ class Engine:
             self._apply(key, experts, merge)
             with self.timed("decode"):
                 for index, answer in stream(self.base, parts, self.decoding, self._drafter, earlier, automata):
-                    answers[names[index]] = unkept[names[index]] = (answer.text, answer.truncated)
-                    if len(unkept) >= KEEP_EVERY:
-                        self._keep(unkept)
+                    answers[names[index]] = (answer.text, answer.truncated)
+                    self.counts["decoded"] += 1
+                    if self.store:
+                        self.store.put(names[index], answer.text, answer.truncated)
                     if progress:
                         progress(1)
         except BaseException:
             # Whatever stops a run, the base model is handed back as it was.
             self.reset()
             raise
-        finally:
-            self._keep(unkept)
         return answers
-
-    def _keep(self, answers: dict[str, tuple[str, bool]]) -> None:
-        """Put ``answers`` into the store, and forget them here."""
-        self.counts["decoded"] += len(answers)
-        if self.store and answers:
-            self.store.put(answers)
-        answers.clear()
 
     def _decoding(self) -> dict[str, Any]:
         canonical = self.decoding.canonical(self.spec.dtype, self.device)

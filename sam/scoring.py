@@ -12,9 +12,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from seqeval.metrics import v1
-from seqeval.scheme import IOB2
-
 from sam.errors import SamError
 from sam.ner import Mention, Pair, Prediction, Sentence
 from sam.prompts import fold
@@ -180,6 +177,9 @@ def _seqeval(gold: list[list[str]], predicted: list[list[str]]) -> tuple[float, 
     """Micro (precision, recall, F1) of the tag sequences, as by seqeval's ``mode="strict", scheme=IOB2``."""
     if not any(gold) and not any(predicted):  # no mention anywhere: seqeval cannot take this
         return 0.0, 0.0, 0.0
+    from seqeval.metrics import v1
+    from seqeval.scheme import IOB2
+
     # v1 is what mode="strict" runs; called by its name it gives the three in one pass.
     precision, recall, f1, _ = v1.precision_recall_fscore_support(
         gold, predicted, average="micro", scheme=IOB2, zero_division=0

@@ -301,15 +301,27 @@ def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> No
     assert one.base.model.config._attn_implementation == before
 
 
-def test_a_long_run_keeps_answers_before_its_end(
+def test_an_answer_is_kept_before_the_next_one_is_awaited(
     engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that is killed where nothing can be tidied up."""
-    monkeypatch.setattr(sam.engine, "KEEP_EVERY", 3)
-    put: list[int] = []
-    monkeypatch.setattr(store, "put", lambda answers: put.append(len(answers)))
-    engine(store).predict(["news"], SINGLE, TYPES, [f"text number {i}" for i in range(8)])
-    assert put == [3, 3, 2]
+    """So that a run that is killed, where nothing can be tidied up, loses none."""
+    kept: list[str] = []
+    put = store.put
+
+    def watched(key: str, answer: str, truncated: bool) -> None:
+        put(key, answer, truncated)
+        kept.append(key)
+
+    monkeypatch.setattr(store, "put", watched)
+    found: list[int] = []
+
+    def seen(done: int) -> None:
+        if done:  # the first call is for those found in the store
+            assert len(store.get(kept)) == len(kept) == len(found) + 1
+            found.append(done)
+
+    engine(store).predict(["news"], SINGLE, TYPES, [f"text number {i}" for i in range(8)], seen)
+    assert len(found) == 8
 
 
 def test_a_merge_is_streamed_and_not_held(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

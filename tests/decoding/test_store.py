@@ -46,9 +46,9 @@ def test_answers_are_kept_and_found_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "answers.sqlite"
     store = AnswerStore(path)
     assert store.get(["a"]) == {} and store.get([]) == {}
-    store.put({"a": (' {"person": ["Zoë"]}\n', True), "b": ("", False)})
-    store.put({"b": ("new", False)})
-    store.put({})
+    store.put("a", ' {"person": ["Zoë"]}\n', True)
+    store.put("b", "", False)
+    store.put("b", "new", False)
     store.close()
     again = AnswerStore(path)
     assert again.get(["b", "a", "absent", "a"]) == {"a": (' {"person": ["Zoë"]}\n', True), "b": ("new", False)}
@@ -58,7 +58,8 @@ def test_answers_are_kept_and_found_again(tmp_path: Path) -> None:
 def test_more_keys_than_one_query_takes(tmp_path: Path) -> None:
     store = AnswerStore(tmp_path / "answers.sqlite")
     answers = {f"key {i}": (f"answer {i}", i % 7 == 0) for i in range(1203)}
-    store.put(answers)
+    for key, answer in answers.items():
+        store.put(key, *answer)
     assert store.get([*answers, "absent"]) == answers
     store.close()
 
@@ -66,10 +67,10 @@ def test_more_keys_than_one_query_takes(tmp_path: Path) -> None:
 def test_a_failed_put_keeps_nothing_and_blocks_nobody(tmp_path: Path) -> None:
     store, other = AnswerStore(tmp_path / "answers.sqlite"), AnswerStore(tmp_path / "answers.sqlite")
     with pytest.raises(sqlite3.Error):
-        store.put({"a": ("kept?", False), "b": (object(), False)})  # type: ignore[dict-item]
-    other.put({"c": ("yes", False)})
-    store.put({"d": ("yes", False)})
-    assert set(other.get(["a", "b", "c", "d"])) == {"c", "d"}
+        store.put("a", object(), False)  # type: ignore[arg-type]
+    other.put("b", "yes", False)
+    store.put("c", "yes", False)
+    assert set(other.get(["a", "b", "c"])) == {"b", "c"}
     store.close()
     other.close()
 
@@ -78,7 +79,9 @@ def _write(path: Path, worker: int, barrier: multiprocessing.synchronize.Barrier
     barrier.wait(30)
     store = AnswerStore(path)
     for i in range(40):
-        store.put({f"{worker} {i} {j}": (f"answer {j}", False) for j in range(5)} | {"shared": ("same", False)})
+        for j in range(5):
+            store.put(f"{worker} {i} {j}", f"answer {j}", False)
+        store.put("shared", "same", False)
         assert store.get([f"{worker} {i} 4", "shared"]).keys() == {f"{worker} {i} 4", "shared"}
     store.close()
 

@@ -24,5 +24,5 @@ def test_first_answer_is_seen_once_it_is_kept(tmp_path: Path) -> None:
     assert not any_kept(path)
     store = AnswerStore(path)
     assert not any_kept(path)
-    store.put({"key": ("[]", False)})
+    store.put("key", "[]", False)
     assert any_kept(path)
