@@ -98,9 +98,15 @@ def model_names(jobs: Iterable[Job]) -> list[str]:
 
 
 def metric_names(jobs: Iterable[Job]) -> list[str]:
-    """The numbers that scores hold: fractions (precision, f1, …) and counts (gold, unparsable, …)."""
-    combined = (target["combined"]["scores"] for job in jobs for target in job.targets.values())
-    return list(dict.fromkeys(name for s in combined for name, value in s.items() if isinstance(value, (int, float))))
+    """The numbers that scores hold: fractions (precision, f1, …) and counts (gold, unparsable, …).
+
+    Raises ``SamError`` where no job has any.
+    """
+    combined = (target["combined"]["scores"] or {} for job in jobs for target in job.targets.values())
+    names = dict.fromkeys(name for s in combined for name, value in s.items() if isinstance(value, (int, float)))
+    if not names:
+        raise SamError("no job has scores: their targets have no gold")
+    return list(names)
 
 
 def score(job: Job, target: str, model: str, metric: str) -> float | None:
@@ -113,7 +119,7 @@ def score(job: Job, target: str, model: str, metric: str) -> float | None:
         return None
     result = job.targets[target]
     holder = result["combined"] if model == COMBINED else result["models"].get(model)
-    return holder["scores"].get(metric) if holder else None
+    return (holder["scores"] or {}).get(metric) if holder else None
 
 
 def uses_labels(job: Job, target: str) -> bool:

@@ -165,16 +165,20 @@ def _check_alike(first: Job, job: Job) -> None:
 def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
     """Of each model on each target, the seconds of merging it and of decoding all its answers.
 
-    From the job that decoded most of them; absent where no job decoded enough to say.
+    From the job that decoded most of them; absent where no job decoded enough to say. A model that several rankings of
+    a job chose has a part of its seconds under each.
     """
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for job in jobs:
         for target, result in job.targets.items():
+            alike: dict[str, list[Any]] = {}
             for model in result["models"].values():
-                spent, share = model.get("seconds", {}), model.get("decoded", 0.0)
-                key = (target, model["model_key"])
-                if share >= ENOUGH and share > best.get(key, (0.0, 0.0))[0]:
-                    best[key] = (share, spent["merge"] + spent["decode"] / share)
+                alike.setdefault(model["model_key"], []).append(model)
+            for name, models in alike.items():
+                share = max(model.get("decoded", 0.0) for model in models)
+                if share >= ENOUGH and share > best.get((target, name), (0.0, 0.0))[0]:
+                    merge, decode = (sum(m["seconds"][stage] for m in models) for stage in ("merge", "decode"))
+                    best[target, name] = (share, merge + decode / share)
     return {key: seconds for key, (_, seconds) in best.items()}
 
 

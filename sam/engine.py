@@ -105,7 +105,11 @@ class Engine:
         """As :meth:`predict`, for (types, text) that may differ in their types."""
         key, canonical = self.key(experts, merge), self._decoding()
         shown = [prompts.render(types, text) for types, text in asked]
-        names = [AnswerStore.key(key, prompt, canonical) for prompt in shown]
+        names = [
+            # Where a type holds a comma, other types can give the same prompt, but not the same language of answers.
+            AnswerStore.key(key, prompt, {**canonical, "types": types} if self.decoding.constrained else canonical)
+            for prompt, (types, _) in zip(shown, asked, strict=True)
+        ]
         kept = self.store.get(names) if self.store else {}
         missing = {name: one for name, one in zip(names, asked, strict=True) if name not in kept}
         self.counts["reused"] += len(asked) - len(missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -49,7 +49,6 @@ class SamModule(L.LightningModule):
         seed: int = 0,
         names: Sequence[str] | None = None,
         experts: Sequence[str] = (),
-        progress: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         pool_names = list(engine.pool.names if names is None else names)
@@ -57,7 +56,6 @@ class SamModule(L.LightningModule):
         merge.validate()
         check_rule(rule)
         self.engine, self.target, self.merge, self.rule, self.selector = engine, target, merge, rule, selector
-        self.progress = progress
         self.query = Query(
             target, engine.pool, pool_names, encoder, self._ask, k, sample_size, seed, experts=tuple(experts)
         )
@@ -98,7 +96,7 @@ class SamModule(L.LightningModule):
     def _step(self, batch: list[Sentence], loader: int) -> list[Prediction]:
         name = list(self.selections)[loader]
         found = self.engine.predict(
-            self.selections[name].experts, self.merge, self.target.types, [s.text for s in batch], self.progress
+            self.selections[name].experts, self.merge, self.target.types, [s.text for s in batch]
         )
         self.predictions[name].update({s.id: p for s, p in zip(batch, found, strict=True)})
         return found

@@ -28,14 +28,11 @@ class Parsed:
     """What could be read out of an answer.
 
     ``pairs`` are distinct and in order, whitespace folded. ``unparsable``: no JSON object was there, nor a piece of
-    one. ``repaired``: the object was broken or cut, and a key of it at least was read. ``dropped``: pieces that are no
-    text (numbers, nested values, the unfinished string of a cut answer, empty strings).
+    one that has a key.
     """
 
     pairs: tuple[Pair, ...]
     unparsable: bool = False
-    repaired: bool = False
-    dropped: int = 0
 
 
 def fold(text: str) -> str:
@@ -108,36 +105,31 @@ def parse(answer: str, types: Collection[str] = ()) -> Parsed:
 
     The first JSON object counts; chatter and code fences before it and text after it are passed over. Of a key and a
     string under it, the one that alone is among ``types`` is the type; if both are or none is, the key of a list and
-    the value of a key without one. Of a broken or cut object, all whole strings under a whole key are kept.
+    the value of a key without one. Of a broken or cut object, all whole strings under a whole key are kept. What is no
+    string (numbers, nested values), or an empty one, is passed over.
     """
     opening = _OPENING.search(answer)
     if opening is None:
         return Parsed((), unparsable=True)
     try:
-        items, dropped = _strings(_DECODER.raw_decode(answer, opening.start())[0])
-        keys = None
+        items, unparsable = _strings(_DECODER.raw_decode(answer, opening.start())[0]), False
     except (ValueError, RecursionError):
-        items, dropped, keys = _recover(answer, opening.start() + 1)
-    pairs, empty = _clean(items, {fold(entity_type).casefold() for entity_type in types})
-    return Parsed(pairs, unparsable=keys == 0, repaired=bool(keys), dropped=dropped + empty)
+        items, keys = _recover(answer, opening.start() + 1)
+        unparsable = not keys
+    return Parsed(_clean(items, {fold(entity_type).casefold() for entity_type in types}), unparsable)
 
 
-def _strings(obj: _Object) -> tuple[list[_Item], int]:
-    """The strings of a well-formed object, and how many values are no strings."""
+def _strings(obj: _Object) -> list[_Item]:
+    """The strings of a well-formed object."""
     items: list[_Item] = []
-    dropped = 0
     for key, value in obj:
         is_list = isinstance(value, list) and not isinstance(value, _Object)
-        for item in value if is_list else [value]:
-            if isinstance(item, str):
-                items.append((key, item, is_list))
-            else:
-                dropped += 1
-    return items, dropped
+        items += [(key, item, is_list) for item in (value if is_list else [value]) if isinstance(item, str)]
+    return items
 
 
-def _recover(answer: str, start: int) -> tuple[list[_Item], int, int]:
-    """What a broken object holds from ``start``, just after its brace, on: (strings, pieces dropped, keys read).
+def _recover(answer: str, start: int) -> tuple[list[_Item], int]:
+    """What a broken object holds from ``start``, just after its brace, on: (strings, keys read).
 
     One pass without recursion. A string is a key if a colon follows, else a value of the last key; a list's end, or a
     comma outside of one, ends the key, so that a key cut off before its colon is not taken for a value.
@@ -146,11 +138,10 @@ def _recover(answer: str, start: int) -> tuple[list[_Item], int, int]:
     key: str | None = None
     pending: str | None = None  # a string whose follower has not been seen yet
     in_list = False
-    nested = dropped = keys = 0
+    nested = keys = 0
     for token in _TOKEN.finditer(answer, start):
         mark = token.group()
         if mark == '"':  # nothing whole can follow it, and to look would take quadratic time
-            dropped += 1
             break
         if nested:
             nested += (mark in "{[") - (mark in "}]")
@@ -158,29 +149,26 @@ def _recover(answer: str, start: int) -> tuple[list[_Item], int, int]:
         if mark == ":" and pending is not None:
             key, pending, in_list, keys = pending, None, False, keys + 1
             continue
-        dropped += _place(items, key, pending, in_list)
+        _place(items, key, pending, in_list)
         pending = None
         if token["string"]:
             pending = _unquote(mark)
-        elif token["junk"]:
-            dropped += 1
         elif mark == "{" or (mark == "[" and in_list):
-            nested, dropped = 1, dropped + 1
+            nested = 1
         elif mark == "[":
             in_list = True
         elif mark == "]" or (mark == "," and not in_list):
             in_list, key = False, None
         elif mark == "}":
             break
-    dropped += _place(items, key, pending, in_list)
-    return items, dropped, keys
+    _place(items, key, pending, in_list)
+    return items, keys
 
 
-def _place(items: list[_Item], key: str | None, value: str | None, in_list: bool) -> int:
-    """Append ``value`` under ``key``; returns 1 if there is a value but no key for it, else 0."""
+def _place(items: list[_Item], key: str | None, value: str | None, in_list: bool) -> None:
+    """Append ``value`` under ``key``, if there are both."""
     if value is not None and key is not None:
         items.append((key, value, in_list))
-    return int(value is not None and key is None)
 
 
 def _unquote(token: str) -> str:
@@ -191,13 +179,12 @@ def _unquote(token: str) -> str:
         return token[1:-1].replace('\\"', '"')
 
 
-def _clean(items: Iterable[_Item], asked: Collection[str]) -> tuple[tuple[Pair, ...], int]:
-    """The distinct pairs, folded, and how many had no type, no text, or half a character (a lone surrogate).
+def _clean(items: Iterable[_Item], asked: Collection[str]) -> tuple[Pair, ...]:
+    """The distinct pairs, folded, without those that have no type, no text, or half a character (a lone surrogate).
 
     ``asked``: the types asked for, folded and without case.
     """
     pairs: dict[Pair, None] = {}
-    dropped = 0
     for left, right, in_list in items:
         key, value = fold(left), fold(right)
         known = key.casefold() in asked
@@ -205,9 +192,7 @@ def _clean(items: Iterable[_Item], asked: Collection[str]) -> tuple[tuple[Pair, 
         # A lone surrogate can be escaped in JSON but not be written to a UTF-8 file.
         if key and value and not _SURROGATE.search(key + value):
             pairs[(key, value) if by_type else (value, key)] = None
-        else:
-            dropped += 1
-    return tuple(pairs), dropped
+    return tuple(pairs)
 
 
 def align(text: str, pairs: Iterable[Pair]) -> tuple[Mention, ...]:

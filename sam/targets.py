@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,11 @@ from sam.ner import Sentence, entity_types
 from sam.prompts import fold
 from sam.seeding import rng
 
+log = logging.getLogger(__name__)
+
 MISC = "miscellaneous"
-KINDS = ("mini", "corpus", "files")
+KINDS: dict[str, tuple[str, ...]] = {"mini": ("dataset",), "corpus": ("dataset", "split", "unlabelled"), "files": ()}
+"""Of a target set, each with what it needs."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None, limit_seed
         raise SamError(f"limit_seed={limit_seed} must be an integer, beside a limit (or null for the first sentences)")
     if not config.get("sets"):
         raise SamError("target names no set; choose one or more: target=mini_movie, target=[crossner_ai,mit_movie]")
+    for name, part in config["sets"].items():
+        _check_set(name, part)
     if "files" not in {part["kind"] for part in config["sets"].values()} and (config["path"] or config["unlabelled"]):
         raise SamError("target.path and target.unlabelled are for target=files; choose it or remove them")
     raw = [_load(name, part, config) for name, part in config["sets"].items()]
@@ -65,6 +71,16 @@ def _limited(target: Target, limit: int | None, seed: int | None) -> Target:
     return replace(target, sentences=tuple(sentences[i] for i in drawn))
 
 
+def _check_set(name: str, part: Any) -> None:
+    """A target set is a mapping of a known kind, with what that kind needs."""
+    if not isinstance(part, Mapping) or part.get("kind") not in KINDS:
+        kind = part.get("kind") if isinstance(part, Mapping) else part
+        raise SamError(f"target.sets.{name}.kind={kind} is unknown; allowed: {', '.join(KINDS)}")
+    needed = KINDS[part["kind"]]
+    if missing := [key for key in needed if not part.get(key)]:
+        raise SamError(f"target.sets.{name}.{missing[0]} is missing; kind: {part['kind']} needs {', '.join(needed)}")
+
+
 def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Target:
     if part["kind"] == "mini":
         return mini(part["dataset"], name)
@@ -74,9 +90,7 @@ def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Targ
         found = set(entity_types(sentences))
         unlabelled = [s.text for s in corpora.load(part["dataset"], part["unlabelled"])]
         return Target(name, tuple(t for t in spec.types if t in found), tuple(sentences), tuple(unlabelled))
-    if part["kind"] == "files":
-        return _from_files(name, config)
-    raise SamError(f"target.sets.{name}.kind={part['kind']} is unknown; allowed: {', '.join(KINDS)}")
+    return _from_files(name, config)
 
 
 def _from_files(name: str, config: Mapping[str, Any]) -> Target:
@@ -90,11 +104,19 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
     if odd := [t for t in types if not isinstance(t, str) or not t or fold(t) != t]:
         raise SamError(f"target.types names {odd[0]!r}; a type is text without space at its ends or double space in it")
-    sentences = corpora.read_file(Path(config["path"]).expanduser(), None)
-    others = corpora.read_file(Path(config["unlabelled"]).expanduser(), None) if config["unlabelled"] else sentences
+    sentences = corpora.read_file(Path(config["path"]).expanduser())
+    others = corpora.read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
     found = entity_types(sentences)
     if found and not set(found) & set(types):
         raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(found)}")
+    if found and (absent := [t for t in types if t not in found]):
+        unasked = [t for t in found if t not in types]
+        log.warning(
+            "%s: the gold has no mention of %s%s",
+            config["path"],
+            ", ".join(absent),
+            f"; it has, not asked for and left out: {', '.join(unasked)}" if unasked else "",
+        )
     return Target(name, tuple(types), tuple(sentences), tuple(s.text for s in others))
 
 
@@ -104,8 +126,8 @@ def mini(dataset: str, name: str | None = None) -> Target:
     known = sorted(p.stem for p in folder.glob("*.jsonl"))
     if dataset not in known:
         raise SamError(f"mini target {dataset!r} is unknown; allowed: {', '.join(known)}")
-    sentences = corpora.read_file(folder / f"{dataset}.jsonl", None)
-    unlabelled = [s.text for s in corpora.read_file(folder / f"{dataset}.unlabelled.txt", None)]
+    sentences = corpora.read_file(folder / f"{dataset}.jsonl")
+    unlabelled = [s.text for s in corpora.read_file(folder / f"{dataset}.unlabelled.txt")]
     return Target(name or f"mini_{dataset}", tuple(entity_types(sentences)), tuple(sentences), tuple(unlabelled))
 
 

@@ -15,7 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sam.base
-from sam.base import MANIFEST, Base, BaseSpec, fingerprint, folder, identity, load, sha256_of, staged, wheel_file
+from sam.base import (
+    MANIFEST,
+    Base,
+    BaseSpec,
+    device_of,
+    fingerprint,
+    folder,
+    identity,
+    load,
+    settings_hash,
+    sha256_of,
+    staged,
+    wheel_file,
+)
 from sam.errors import SamError
 from sam.merging import AdapterDeltas, merged
 from tests.tiny import config, make_card, one_line, write_adapter
@@ -339,3 +352,21 @@ def test_smollm2_from_its_wheel(
     assert "Converting" not in caplog.text
     weight = "model.layers.29.mlp.down_proj.weight"
     assert torch.equal(second.model.get_parameter(weight), smollm.model.get_parameter(weight))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_that_is_not_there_is_refused(accelerator: str) -> None:
+    with pytest.raises(SamError) as error:
+        device_of(accelerator)
+    assert f"trainer.accelerator={accelerator}: torch finds no CUDA GPU" in one_line(error)
+
+
+def test_settings_are_those_of_the_vocabulary_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    seen = {settings_hash(tmp_path)}
+    for name in ("tokenizer.model", "merges.txt", "chat_template.jinja"):
+        (tmp_path / name).write_text("a")
+        seen.add(settings_hash(tmp_path))
+    (tmp_path / "merges.txt").write_text("b")
+    assert len(seen | {settings_hash(tmp_path)}) == 5

@@ -167,7 +167,9 @@ def test_the_tables_of_a_real_sweep(
 def test_failing_jobs_do_not_stop_the_others(runner: Runner) -> None:
     """W&B is on: a job that fails before its run, and one that fails within it (the encoder is not the cards')."""
     swept = ["selector=sampling,domain", "k=1,2,99", "sweep=failing", "logger=wandb"]
-    done = runner("-m", *swept, "encoder=local", "encoder.location=/nowhere", "merge=linear")
+    (runner.home / "encoder").mkdir()
+    (runner.home / "encoder" / "model.safetensors").touch()
+    done = runner("-m", *swept, "encoder=local", f"encoder.location={runner.home / 'encoder'}", "merge=linear")
     assert done.returncode == 1
     jobs = runner.jobs("failing")
     states = {name: json.loads((folder / STATUS).read_text()) for name, folder in jobs.items()}

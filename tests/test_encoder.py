@@ -103,6 +103,21 @@ def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
     one_line(error)
 
 
+def test_an_encoder_is_told_by_what_its_name_leaves_open(tmp_path: Path) -> None:
+    for content in (b"one", b"two"):
+        (tmp_path / content.decode()).mkdir()
+        (tmp_path / content.decode() / "model.safetensors").write_bytes(content)
+    one, two = (EncoderSpec("local", "local", str(tmp_path / name)) for name in ("one", "two"))
+    assert one.identity.startswith("local:") and len({one.identity, two.identity}) == 2
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"one")
+    assert two.identity == one.identity
+    assert EncoderSpec.from_config(config("encoder", "minilm")).identity == "minilm"
+    hub = EncoderSpec.from_config(config("encoder", "mpnet"))
+    assert hub.identity == f"mpnet@{hub.revision}" and len(str(hub.revision)) == 40
+    with pytest.raises(SamError, match="has no model.safetensors"):
+        assert EncoderSpec("local", "local", str(tmp_path)).identity
+
+
 def test_shipped_configs_are_specs_and_other_values_are_refused() -> None:
     for name in ("minilm", "mpnet", "local"):
         values = config("encoder", name)

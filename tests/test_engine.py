@@ -230,6 +230,17 @@ def test_an_answer_is_not_reused_where_something_can_change_it(
     assert ask(**{**asked, **changed}) == {"decoded": 4, "reused": 0}
 
 
+def test_types_of_one_prompt_and_other_languages_share_only_free_answers(
+    engine: MakeEngine, store: AnswerStore
+) -> None:
+    for constrained, reused in ((False, 4), (True, 0)):
+        spec = DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact", constrained=constrained)
+        engine(store, spec).predict(["news"], SINGLE, ("person, place",), TEXTS)
+        again = engine(store, spec)
+        again.predict(["news"], SINGLE, ("person", "place"), TEXTS)
+        assert again.counts["reused"] == reused
+
+
 def test_an_answer_is_not_reused_for_another_prompt(
     engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,6 +276,17 @@ def test_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_sweep_without_gold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = job(tmp_path, "a", 0.5) / "result.json"
+    result = json.loads(path.read_text())
+    for target in result["targets"].values():
+        for holder in (target["combined"], *target["models"].values()):
+            holder["scores"] = None
+    path.write_text(json.dumps(result))
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: no job has scores: their targets have no gold\n"
+
+
 def test_folders_without_readable_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith(f"error: no folder {tmp_path / 'none'}; ")

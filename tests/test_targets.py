@@ -215,6 +215,29 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_targets(files(tmp_path / "nothing.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"dataset": "wnut17"}, "target.sets.x.kind=None is unknown; allowed: mini, corpus, files"),
+        ("wnut17", "target.sets.x.kind=wnut17 is unknown"),
+        ({"kind": "mini"}, "target.sets.x.dataset is missing; kind: mini needs dataset"),
+        ({"kind": "corpus", "dataset": "wnut17", "split": "dev"}, "target.sets.x.unlabelled is missing; kind: corpus"),
+    ],
+)
+def test_an_incomplete_set_is_refused(part: Any, message: str) -> None:
+    with pytest.raises(SamError) as error:
+        load_targets(config({"x": part}))
+    assert one_line(error).startswith(message)
+
+
+def test_types_that_the_gold_has_not_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "m.jsonl", {"text": "BRCA1", "mentions": [{"type": "gene", "start": 0, "end": 5}]})
+    assert load_targets(files(path, types=["gene"])) and not caplog.records
+    assert load_targets(files(path, types=["gene", "diseases"]))
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path}: the gold has no mention of diseases"
+
+
 def test_no_set_and_an_unknown_kind_are_refused() -> None:
     with pytest.raises(SamError, match="target=mini_movie"):
         load_targets({})

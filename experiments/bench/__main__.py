@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=names())
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each with every contestant once (default 5)")
-    parser.add_argument("--quick", action="store_true", help="a small workload, to see that it runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of the JSON (default {RESULTS})")
+    parser.add_argument("--quick", action="store_true", help="a small workload, to see that it runs; not kept")
+    parser.add_argument("--out", type=Path, help=f"folder of the JSON (default {RESULTS}, with --quick none)")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} is below 1")
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report.show()
-    print(report.write(args.out))
+    out = args.out or (None if args.quick else RESULTS)
+    if out is not None:
+        print(report.write(out))
     return 0
 
 

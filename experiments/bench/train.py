@@ -37,7 +37,7 @@ from sam.targets import mini
 ROOT = Path(__file__).parents[2]
 STEPS, QUICK_STEPS = 60, 3
 BATCH_SIZES = (2, 4)
-"""The shipped recipe's, and one that keeps the processor busier."""
+"""A small one, and that of the shipped recipe."""
 DATASET = "conll2003"
 MINI = ("ai", "literature", "movie", "music", "politics", "restaurant", "science")
 OURS = ("experiments.bench.train",)

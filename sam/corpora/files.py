@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ TAG = re.compile(r"O|[BIELSU]-.+")
 SNIFFED_LINES = 50
 
 
-def read_file(path: str | Path, types: list[str] | None = None) -> list[Sentence]:
+def read_file(path: str | Path) -> list[Sentence]:
     """The sentences of a file, with ids ``{stem}/{index}`` unless the file gives them.
 
     - ``.jsonl``: ``{"text", "mentions": [{"type", "start", "end"}], "id"}`` a line; mentions and id may be left out,
@@ -30,7 +30,7 @@ def read_file(path: str | Path, types: list[str] | None = None) -> list[Sentence
       or else by spaces; a blank line between sentences.
     - any other: one of these if its first lines look so, else plain text, a sentence a line, without gold.
 
-    ``types``, if given, are the only types that mentions may have. A byte order mark is passed over.
+    A byte order mark is passed over.
     Raises SamError with file and line for what cannot be read; nothing is skipped but blank lines.
     """
     path = Path(path)
@@ -39,7 +39,7 @@ def read_file(path: str | Path, types: list[str] | None = None) -> list[Sentence
     lines = _lines(path)
     kind = _kind(path, lines)
     reader = {"jsonl": _from_json, "columns": _from_columns, "text": _from_text}[kind]
-    sentences = list(reader(path, lines, types))
+    sentences = list(reader(path, lines))
     if not sentences:
         raise SamError(f"{path}: no sentences in it (read as {kind})")
     _refuse_repeated_ids(path, sentences)
@@ -58,22 +58,26 @@ def _lines(path: Path) -> list[str]:
 
 def _kind(path: Path, lines: list[str]) -> str:
     suffix = path.suffix.lower()
+    if suffix == ".csv":
+        raise SamError(f"{path}: CSV is not read; give JSON lines (.jsonl), CoNLL columns (.conll) or text (.txt)")
     if suffix in (".jsonl", *COLUMNS):
         return "jsonl" if suffix == ".jsonl" else "columns"
     head = [line for line in lines if line.strip()][:SNIFFED_LINES]
     if head and all(line.startswith("{") and line.rstrip().endswith("}") for line in head):
         return "jsonl"
+    if suffix == ".json":
+        raise SamError(f"{path}: not JSON lines; put each sentence's object on a line of its own (.jsonl)")
     if head and all(len(cells := _cells(line)) > 1 and TAG.fullmatch(cells[-1]) for line in head):
         return "columns"
     return "text"
 
 
-def _from_text(path: Path, lines: list[str], types: Collection[str] | None) -> Iterator[Sentence]:
+def _from_text(path: Path, lines: list[str]) -> Iterator[Sentence]:
     for index, line in enumerate(line.strip() for line in lines if line.strip()):
         yield Sentence(f"{path.stem}/{index}", line)
 
 
-def _from_json(path: Path, lines: list[str], types: Collection[str] | None) -> Iterator[Sentence]:
+def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
     index = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -86,37 +90,38 @@ def _from_json(path: Path, lines: list[str], types: Collection[str] | None) -> I
         if not isinstance(record, dict) or not isinstance(text := record.get("text"), str) or not text.strip():
             raise SamError(f'{where}: needs an object with a "text" that is not empty')
         mentions = record.get("mentions")
-        gold = None if mentions is None else _mentions(where, text, mentions, types)
+        gold = None if mentions is None else _mentions(where, text, mentions)
         yield Sentence(str(record.get("id", f"{path.stem}/{index}")), text, gold)
         index += 1
 
 
-def _mentions(where: str, text: str, mentions: Any, types: Collection[str] | None) -> tuple[Mention, ...]:
+def _mentions(where: str, text: str, mentions: Any) -> tuple[Mention, ...]:
     if not isinstance(mentions, list):
         raise SamError(f'{where}: "mentions" must be a list of {{"type", "start", "end"}}')
-    found = [_mention(where, text, m, types) for m in mentions]
+    found = [_mention(where, text, m) for m in mentions]
     return tuple(sorted(found, key=lambda m: (m.start, -m.end, m.type)))
 
 
-def _mention(where: str, text: str, mention: Any, types: Collection[str] | None) -> Mention:
+def _mention(where: str, text: str, mention: Any) -> Mention:
     keys = ("type", "start", "end")
     if not isinstance(mention, dict) or [type(mention.get(k)) for k in keys] != [str, int, int]:
         raise SamError(f'{where}: mention {json.dumps(mention)} needs "type" (string), "start" and "end" (integers)')
     name, start, end = (mention[k] for k in keys)
     if not 0 <= start < end <= len(text):
         raise SamError(f"{where}: mention {start}-{end} is not within the text of {len(text)} characters")
-    _check_type(where, name, types)
+    if not text[start:end].strip():
+        raise SamError(f"{where}: mention {start}-{end} covers no text, only space")
     return Mention(start, end, name)
 
 
-def _from_columns(path: Path, lines: list[str], types: Collection[str] | None) -> Iterator[Sentence]:
+def _from_columns(path: Path, lines: list[str]) -> Iterator[Sentence]:
     counts: Counter[str] = Counter()
     tokens: list[str] = []
     tags: list[str] = []
     index = 0
     for number, line in enumerate([*lines, ""], start=1):
         if line.strip() and not line.startswith("-DOCSTART-"):
-            token, tag = _row(f"{path}:{number}", line, types)
+            token, tag = _row(f"{path}:{number}", line)
             tokens.append(token)
             tags.append(tag)
         elif tokens:
@@ -127,24 +132,17 @@ def _from_columns(path: Path, lines: list[str], types: Collection[str] | None) -
         log.info("%s: %d spans begin without B-, as in IOB1: read as new spans", path, counts["opened_by_I"])
 
 
-def _row(where: str, line: str, types: Collection[str] | None) -> tuple[str, str]:
+def _row(where: str, line: str) -> tuple[str, str]:
     cells = _cells(line)
     if len(cells) < 2 or not cells[0]:
         raise SamError(f"{where}: needs a token in the first column and a tag in the last")
     if not TAG.fullmatch(cells[-1]):
         raise SamError(f"{where}: tag '{cells[-1]}' is neither O nor B-TYPE or I-TYPE (nor E-, L-, S-, U-)")
-    if cells[-1] != "O":
-        _check_type(where, cells[-1].partition("-")[2], types)
     return cells[0], cells[-1]
 
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
-
-
-def _check_type(where: str, name: str, types: Collection[str] | None) -> None:
-    if types is not None and name not in types:
-        raise SamError(f"{where}: type '{name}' is not one of {', '.join(types)}")
 
 
 def _refuse_repeated_ids(path: Path, sentences: list[Sentence]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,36 +29,21 @@ class Answer:
     truncated: bool
 
 
-def decode(
-    base: Base,
-    types: Sequence[str],
-    texts: Sequence[str],
-    spec: DecodeSpec,
-    progress: Callable[[int], None] | None = None,
-) -> list[Answer]:
+def decode(base: Base, types: Sequence[str], texts: Sequence[str], spec: DecodeSpec) -> list[Answer]:
     """The model's greedy answer for each text, asked for ``types``, in the order of ``texts``.
 
-    An answer does not depend on the other texts (see :mod:`sam.decoding.ragged`; half precision gives no such
-    promise). ``progress`` is called with the number of answers done.
+    An answer does not depend on the other texts (see :mod:`sam.decoding.ragged`; half precision gives no such promise).
     """
     prefix = prompts.prefix(types)
     automata = grammar.automata((types, text) for text in texts) if spec.constrained else None
-    return decode_prompts(base, [(prefix, prompts.suffix(text)) for text in texts], spec, progress, automata)
+    return decode_prompts(base, [(prefix, prompts.suffix(text)) for text in texts], spec, automata)
 
 
 def decode_prompts(
-    base: Base,
-    parts: Sequence[tuple[str, str]],
-    spec: DecodeSpec,
-    progress: Callable[[int], None] | None = None,
-    automata: Sequence[Automaton] | None = None,
+    base: Base, parts: Sequence[tuple[str, str]], spec: DecodeSpec, automata: Sequence[Automaton] | None = None
 ) -> list[Answer]:
     """As :func:`decode`, for prompts given as (prefix, suffix)."""
-    answers: dict[int, Answer] = {}
-    for index, answer in stream(base, parts, spec, automata=automata):
-        answers[index] = answer
-        if progress:
-            progress(1)
+    answers = dict(stream(base, parts, spec, automata=automata))
     return [answers[i] for i in range(len(parts))]
 
 

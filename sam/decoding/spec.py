@@ -8,6 +8,7 @@ from typing import Any
 
 from sam.errors import SamError
 from sam.grammar import GRAMMAR_VERSION
+from sam.options import options
 
 MODES = ("exact", "fast")
 
@@ -31,11 +32,9 @@ class DecodeSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
         """From the plain mapping of a ``conf/decode`` file."""
-        spec = cls(**config)
+        spec = options(cls, config, "decode")
         if spec.mode not in MODES:
             raise SamError(f"decode.mode={spec.mode} is unknown; allowed: {', '.join(MODES)}")
-        if not isinstance(spec.constrained, bool):
-            raise SamError(f"decode.constrained={spec.constrained} must be true or false")
         for name in ("max_new_tokens", "batch_size"):
             if getattr(spec, name) < 1:
                 raise SamError(f"decode.{name}={getattr(spec, name)} must be at least 1")

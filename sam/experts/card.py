@@ -25,9 +25,10 @@ class Card:
     """What is known of an expert without loading it.
 
     ``base_fold`` is the content hash of the adapter that was folded into the base (its fingerprint covers it).
-    ``centroid`` is the normalised mean embedding of its training sentences by ``encoder``; ``scores`` are on
-    held-out sentences of its own datasets. Cards of role ``unified`` (the baseline) and ``start`` (folded into the base
-    before all others are trained) are never selected by rank.
+    ``centroid`` is the normalised mean embedding of its training sentences by ``encoder``
+    (:attr:`sam.encoder.EncoderSpec.identity`); ``scores`` are on held-out sentences of its own datasets. Cards of role
+    ``unified`` (the baseline) and ``start`` (folded into the base before all others are trained) are never selected by
+    rank.
     """
 
     name: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from sam.errors import SamError
 from sam.experts.detokenise import detokenised
 from sam.experts.packing import MOST, Batch, Example, collate
 from sam.ner import Sentence, entity_types
+from sam.options import options
 from sam.seeding import rng
 
 log = logging.getLogger(__name__)
@@ -66,11 +67,8 @@ class Recipe:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Recipe:
-        """From the plain mapping of ``conf/train``; refuses unknown keys and values out of range."""
-        known = {f.name for f in fields(cls)}
-        if unknown := set(config) - known:
-            raise SamError(f"train.{sorted(unknown)[0]} is unknown; allowed: {', '.join(sorted(known))}")
-        recipe = cls(**config)
+        """From the plain mapping of ``conf/train``; refuses unknown keys, values of another type or out of range."""
+        recipe = options(cls, config, "train")
         for name in ("sentences", "epochs", "batch_size", "r", "alpha", "max_types", "max_length"):
             if getattr(recipe, name) < 1:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must be at least 1")

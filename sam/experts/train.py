@@ -69,11 +69,13 @@ def train_expert(
     trainer: Mapping[str, Any],
     decode: DecodeSpec,
     checkpoint_every: int = 25,
+    replace_other: bool = False,
     logger: Any = False,
 ) -> tuple[Path, Card]:
     """Train expert ``name`` into ``out/name``; a finished one of the same recipe is kept, and scored anew if another
     number of held-out sentences (but 0) is asked for.
 
+    Raises SamError for one of another recipe, unless ``replace_other``: then it is lost when the new one is there.
     A run that was killed goes on from ``work/last.ckpt`` and ends as an uninterrupted one would. ``domains`` are
     lists of dataset ids: one for an expert, all of them for the unified model. Leaves ``base`` as it was.
     """
@@ -85,7 +87,14 @@ def train_expert(
     precision = auto_precision(str(trainer.get("precision", "auto")), base.device)
     digest = recipe_hash(base, domains, recipe, precision)
     folder = out / name
-    done = _finished(folder, digest, encoder.spec.name)
+    done = _finished(folder)
+    if done is not None and (done.recipe.get("hash"), done.encoder) != (digest, encoder.spec.identity):
+        if not replace_other:
+            raise SamError(
+                f"{folder} holds an expert of another recipe ({_difference(done, recipe)}); choose another task.out, "
+                "or lose that one: task.replace=true"
+            )
+        done = None
     if done is not None and recipe.heldout in (0, done.recipe["heldout"]):
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
@@ -136,7 +145,7 @@ def train_expert(
             base_fingerprint=base.fingerprint,
             base_fold=base.fold,
             prompt_version=prompts.PROMPT_VERSION,
-            encoder=encoder.spec.name,
+            encoder=encoder.spec.identity,
             centroid=centroid,
             recipe={**recipe.to_dict(), "precision": precision, "hash": digest},
             sentences=len(sentences),
@@ -152,16 +161,22 @@ def train_expert(
     return folder, card
 
 
-def _finished(folder: Path, digest: str, encoder: str) -> Card | None:
-    """The card in ``folder`` if an expert of this recipe and encoder is there, else None (also for a broken card)."""
+def _finished(folder: Path) -> Card | None:
+    """The card in ``folder`` if a whole expert is there, else None (also for a broken card)."""
     if not all((folder / file).is_file() for file in (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE)):
         return None
     try:
-        card = Card.read(folder)
+        return Card.read(folder)
     except SamError as error:
         log.warning("%s; training it again", error)
         return None
-    return card if card.recipe.get("hash") == digest and card.encoder == encoder else None
+
+
+def _difference(card: Card, recipe: Recipe) -> str:
+    """What of ``recipe`` the expert of ``card`` was trained with otherwise, as far as a recipe says."""
+    now = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
+    found = [f"train.{k}={card.recipe[k]}, now {v}" for k, v in now.items() if k in card.recipe and card.recipe[k] != v]
+    return "; ".join(found) or "of other data, another base model, encoder or precision"
 
 
 def auto_precision(chosen: str, device: str) -> str:
@@ -205,8 +220,6 @@ def fit(
         # Lightning asks the loader for its state; ours is the data module's.
         warnings.filterwarnings("ignore", message="(You're resuming from a checkpoint|Checkpoint directory .* exists)")
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(module.net).items()}
 
 

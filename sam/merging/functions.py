@@ -149,8 +149,8 @@ def _merge(deltas: Sequence[Any], run: Callable[[Sequence[streams.DeltaSet]], st
         raise SamError("deltas mixes tensors and mappings; give one form for all experts")
     sets = [{"": one} for one in deltas] if single else list(deltas)
     for number, one in enumerate(sets):
-        for module, delta in one.items():
-            if not torch.isfinite(delta).all():
+        for module in one:
+            if not torch.isfinite(one[module]).all():
                 raise SamError(f"delta {number}{' of module ' + module if module else ''} holds NaN or infinity")
     merged = dict(run(sets))
     return merged[""] if single else merged

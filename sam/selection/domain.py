@@ -15,11 +15,13 @@ def rank(texts: Sequence[str], names: Sequence[str], pool: Pool, encoder: Encode
 
     Raises SamError if an expert's centroid comes from another encoder.
     """
+    own = encoder.spec.identity
     for name in names:
-        if pool.cards[name].encoder != encoder.spec.name:
+        other = pool.cards[name].encoder
+        if other != own:
             raise SamError(
-                f"expert {name!r} has a centroid by encoder {pool.cards[name].encoder}, not {encoder.spec.name}; "
-                f"choose encoder={pool.cards[name].encoder} or train the expert with encoder={encoder.spec.name}"
+                f"expert {name!r} has a centroid by encoder {other}, not {own}; "
+                f"choose encoder={other.split(':')[0].split('@')[0]} as then, or train the expert with this one"
             )
     centroid = encoder.centroid(texts, seed=seed)
     return Ranking.by({name: round(cosine(centroid, pool.cards[name].centroid), 6) for name in names})

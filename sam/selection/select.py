@@ -108,18 +108,20 @@ def _oracle(query: Query) -> dict[str, Selection]:
 
 @dataclass(frozen=True)
 class Selector:
-    """``choose`` names the task models and their experts; ``uses_k``: whether k bounds how many are merged."""
+    """``choose`` names the task models and their experts; ``uses_k``: whether k bounds how many are merged;
+    ``uses_encoder``: whether sentences are embedded."""
 
     choose: Callable[[Query], dict[str, Selection]]
     uses_k: bool = True
+    uses_encoder: bool = False
     uses_sample: bool = False
     uses_gold: bool = False
 
 
 SELECTORS: dict[str, Selector] = {
-    "sam": Selector(_sam, uses_sample=True),
-    "sameco": Selector(_sameco, uses_sample=True),
-    "domain": Selector(_domain),
+    "sam": Selector(_sam, uses_encoder=True, uses_sample=True),
+    "sameco": Selector(_sameco, uses_encoder=True, uses_sample=True),
+    "domain": Selector(_domain, uses_encoder=True),
     "sampling": Selector(_sampling, uses_sample=True),
     "random": Selector(_random),
     "random_pair": Selector(_random_pair),

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.merging import MERGE_VERSION, AdapterDeltas, MergeSpec
 from sam.merging.checks import check_seed
+from sam.options import options
 from sam.paths import cache_dir
 from sam.results import (
     PREDICTIONS,
     RESULT,
     SCHEMA,
+    SCORES_VERSION,
     config_hash,
     forget_peak_memory,
     git_commit,
@@ -60,10 +62,7 @@ class Plan:
 
 def plan(config: Mapping[str, Any]) -> Plan:
     """Check all of ``config`` before any model is loaded; raises SamError with the first thing that is wrong."""
-    known = [f.name for f in fields(MergeSpec)]
-    if unknown := sorted(set(config["merge"]) - set(known)):
-        raise SamError(f"merge.{unknown[0]} is unknown; allowed: {', '.join(known)}")
-    merge = MergeSpec(**config["merge"])
+    merge = options(MergeSpec, config["merge"], "merge")
     merge.validate()
     check_seed(config["seed"], "seed")
     decode = DecodeSpec.from_config(config["decode"])
@@ -101,6 +100,11 @@ def pool_names(pool: Pool, only: Sequence[str], exclude: Sequence[str]) -> list[
     """The names to rank: the pool's experts, narrowed by ``only`` and ``exclude``."""
     for name in [*only, *exclude]:
         pool.folder(name)
+        if (role := pool.cards[name].role) != "expert":
+            raise SamError(
+                f"{name!r} is not ranked (its role is {role}), which experts.only and experts.exclude are for; "
+                f"selector=named 'selector.experts=[{name}]' asks it alone"
+            )
     names = [n for n in pool.names if (not only or n in only) and n not in exclude]
     if not names:
         raise SamError(f"experts.only and experts.exclude leave no expert; the pool holds: {', '.join(pool.names)}")
@@ -115,7 +119,7 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
         **config,
         "decode": planned.decode.canonical(planned.base.dtype, device_of(config["trainer"]["accelerator"])),
     }
-    digest = config_hash(science, **facts(planned))
+    digest = config_hash(science, **facts(planned, SELECTORS[config["selector"]["name"]].uses_encoder))
     done = read_done(folder, digest)
     if done is not None:
         say(f"already done: {folder / RESULT}")
@@ -135,8 +139,9 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
     return float(result["overall"]["f1"] if result["overall"] else "nan")
 
 
-def facts(planned: Plan) -> dict[str, Any]:
-    """What a result stands on beside its config: the experts' and the targets' content, and versions."""
+def facts(planned: Plan, embeds: bool) -> dict[str, Any]:
+    """What a result stands on beside its config: the experts' and the targets' content, the encoder if it ``embeds``,
+    and versions."""
     from sam.base import folder, identity, settings_hash
 
     experts = {n: [h, planned.pool.cards[n].encoder, planned.pool.cards[n].centroid] for n, h in planned.hashes.items()}
@@ -144,6 +149,8 @@ def facts(planned: Plan) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "prompt": prompts.PROMPT_VERSION,
+        "scores": SCORES_VERSION,
+        "encoder": planned.encoder.identity if embeds else None,
         "base": [identity(planned.base), settings_hash(folder(planned.base))],
         "merging": MERGE_VERSION,
         "experts": experts,

@@ -30,6 +30,8 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
     if domain["role"] == "start" and config["base"].get("fold"):
         raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")
+    if not isinstance(config["task"]["replace"], bool):
+        raise SamError(f"task.replace={config['task']['replace']} must be true or false")
     _check_start(config["base"].get("fold"), recipe.answer)
     base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"]))
     with tracked(config, folder, group, name=f"train {domain['name']}") as run:
@@ -50,6 +52,7 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
             trainer=config["trainer"],
             decode=decode,
             checkpoint_every=config["task"]["checkpoint_every"],
+            replace_other=config["task"]["replace"],
             logger=logger,
         )
         f1 = float(card.scores["mean_f1"])

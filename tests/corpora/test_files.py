@@ -24,7 +24,7 @@ def test_json_lines(tmp_path: Path) -> None:
         '{"type": "per", "start": 0, "end": 3}]}\r\n\n'
         '{"text": "Ünï", "mentions": []}\n{"text": "no gold", "id": "x7"}',
     )
-    ada, empty, bare = read_file(path, ["per", "loc"])
+    ada, empty, bare = read_file(path)
     assert (ada.id, ada.text) == ("mine/0", "Ada in Bonn")
     assert ada.mentions == (Mention(0, 3, "per"), Mention(7, 11, "loc"))
     assert (empty.id, empty.text, empty.mentions) == ("mine/1", "Ünï", ())
@@ -44,7 +44,7 @@ def test_columns(tmp_path: Path, name: str, gap: str) -> None:
 
 
 def test_types_with_spaces_between_tabs(tmp_path: Path) -> None:
-    (sentence,) = read_file(write(tmp_path, "a.tsv", "New York\tB-big city\n"), ["big city"])
+    (sentence,) = read_file(write(tmp_path, "a.tsv", "New York\tB-big city\n"))
     assert sentence.pairs == (("big city", "New York"),)
 
 
@@ -74,11 +74,12 @@ def test_plain_text(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "abc", "mentions": [{"type": "x", "start": -1, "end": 2}]}\n', r":1: mention -1-2 is"),
         (
             "a.jsonl",
-            '{"text": "abc", "mentions": [{"type": "loc", "start": 0, "end": 2}]}\n',
-            r"a.jsonl:1: type 'loc' is not one of per, org",
+            '{"text": "a  c", "mentions": [{"type": "x", "start": 1, "end": 3}]}\n',
+            r"a.jsonl:1: mention 1-3 covers no text",
         ),
+        ("a.csv", "text,label\nAda sang,x\n", r"a.csv: CSV is not read; give JSON lines"),
+        ("a.json", '[\n {"text": "Ada sang"}\n]\n', r"a.json: not JSON lines; put each sentence's object on a line"),
         ("a.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": "1"}\n', r"a.jsonl: id '1' stands on more than one"),
-        ("a.conll", "Ada B-per\nBonn B-loc\n", r"a.conll:2: type 'loc' is not one of per, org"),
         ("a.conll", "Ada B-per\nsang\n", r"a.conll:2: needs a token in the first column and a tag in the last"),
         ("a.tsv", "Ada\tB-per\n\tO\n", r"a.tsv:2: needs a token"),
         ("a.tsv", "Ada\tB-per\nx\tP\n", r"a.tsv:2: tag 'P' is neither O nor B-TYPE or I-TYPE"),
@@ -89,12 +90,12 @@ def test_plain_text(tmp_path: Path) -> None:
 )
 def test_mistakes_are_named(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
     with pytest.raises(SamError, match=message) as caught:
-        read_file(write(tmp_path, name, text), ["per", "org"])
+        read_file(write(tmp_path, name, text))
     assert "\n" not in str(caught.value)
 
 
-def test_any_type_is_allowed_where_none_are_given(tmp_path: Path) -> None:
-    assert read_file(write(tmp_path, "a.conll", "Bonn B-loc\n"))[0].pairs == (("loc", "Bonn"),)
+def test_json_that_is_a_sentence_a_line_is_read(tmp_path: Path) -> None:
+    assert read_file(write(tmp_path, "a.json", '{"text": "Ada"}\n{"text": "Bonn"}\n'))[1].text == "Bonn"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

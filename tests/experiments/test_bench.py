@@ -119,5 +119,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["name"] == "made_up"
     assert capsys.readouterr().out.rstrip().endswith(path.name)
+    monkeypatch.setattr(cli, "RESULTS", tmp_path / "kept")
+    assert cli.main(["made_up", "--rounds", "2", "--quick"]) == 0
+    assert not (tmp_path / "kept").exists()
     with pytest.raises(SystemExit):
         cli.main(["nothing"])

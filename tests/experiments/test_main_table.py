@@ -134,6 +134,19 @@ def test_rows_and_their_figures(sweep: Path) -> None:
     assert found.figure(found.rows["SaM"], "a", "seconds") == 10.0  # two models: 1 s, and 2 s for half of the answers
 
 
+def test_a_model_that_two_rankings_chose_takes_its_seconds_once_and_whole(tmp_path: Path) -> None:
+    write_run(tmp_path, "named", {"a": {"named": 1}}, experts=["unified"])
+    write_run(tmp_path, "sam", {"a": {"domain": 2, "sampling": 2}})
+
+    def alike(result: dict[str, Any]) -> None:
+        for model in result["targets"]["a"]["models"].values():
+            model.update(model_key="same", seconds={"merge": 0.5, "decode": 1.0})
+
+    edit(tmp_path / "sam-0", alike)
+    found = compare(tmp_path)
+    assert found.figure(found.rows["SaM"], "a", "seconds") == 5.0  # 1 s, and 2 s for half of the answers
+
+
 def test_silence_is_counted_where_there_is_something_to_find() -> None:
     outcome = Outcome()
     outcome.add(np.array([[0, 0, 1, 0], [0, 2, 1, 0], [1, 2, 1, 0]], dtype=float), {})

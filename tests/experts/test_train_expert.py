@@ -128,7 +128,7 @@ def test_peft_alone_loads_the_folder_and_finds_the_same_deltas(tiny: Base, whole
         assert deltas.delta(name).abs().max() > 0
 
 
-def test_finished_expert_is_kept_and_another_recipe_trains_anew(
+def test_finished_expert_is_kept_and_another_recipe_takes_its_place_only_if_told_to(
     tiny: Base, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = steps_of(monkeypatch)
@@ -137,7 +137,12 @@ def test_finished_expert_is_kept_and_another_recipe_trains_anew(
     made = (folder / "expert.json").stat().st_mtime_ns
     assert run(tiny, out, work) == (folder, card)
     assert len(losses) == STEPS and (folder / "expert.json").stat().st_mtime_ns == made
-    _, other = run(tiny, out, work, recipe=dataclasses.replace(RECIPE, lr=1e-3))
+    slower = dataclasses.replace(RECIPE, lr=1e-3)
+    with pytest.raises(SamError) as error:
+        run(tiny, out, work, recipe=slower)
+    assert f"holds an expert of another recipe (train.lr={RECIPE.lr}, now 0.001)" in one_line(error)
+    assert len(losses) == STEPS and weights(folder) == weights(whole)
+    _, other = run(tiny, out, work, recipe=slower, replace_other=True)
     assert len(losses) == 2 * STEPS and other.recipe["lr"] == 1e-3
     assert weights(folder) != weights(whole) and Card.read(folder) == other
 

@@ -12,7 +12,7 @@ from peft.utils import merge_utils as peft
 from torch import Tensor
 
 from sam.errors import SamError
-from sam.merging import dare, dare_ties, linear, task_arithmetic, ties
+from sam.merging import AdapterDeltas, dare, dare_ties, linear, task_arithmetic, ties
 
 
 def entry(*values: float) -> list[Tensor]:
@@ -49,6 +49,15 @@ def test_ties_by_hand(
     values: tuple[float, ...], weights: list[float] | None, options: dict[str, Any], expected: float
 ) -> None:
     assert ties(entry(*values), density=1, weights=weights, **options).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_adapters_are_merged_as_their_deltas(three: tuple[list[AdapterDeltas], list[str]]) -> None:
+    adapters, _ = three
+    whole = [{module: adapter[module] for module in adapter} for adapter in adapters]
+    merges: list[Callable[[Any], Any]] = [lambda d: ties(d, density=0.3), linear]
+    for merge in merges:
+        found, expected = merge(adapters), merge(whole)
+        assert set(found) == set(expected) and all(torch.equal(found[m], expected[m]) for m in found)
 
 
 def test_the_public_variants_differ_on_one_entry() -> None:

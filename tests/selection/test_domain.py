@@ -21,7 +21,7 @@ class PlaneEncoder(Encoder):
     """A text is its own embedding: ``"3 4"`` is (0.6, 0.8)."""
 
     def __init__(self, name: str = "plane") -> None:
-        super().__init__(EncoderSpec(name, "local", "nowhere"))
+        super().__init__(EncoderSpec(name, "local", "nowhere", sha256="0" * 64))
 
     def embed(self, texts: Sequence[str]) -> Any:
         rows = np.array([[float(x) for x in text.split()] for text in texts])
@@ -62,7 +62,7 @@ def test_a_centroid_of_another_encoder_is_refused(tmp_path: Path) -> None:
     message = one_line(error)
     assert "'a'" in message
     assert "encoder=minilm" in message
-    assert "encoder=mpnet" in message
+    assert "not mpnet;" in message
 
 
 def test_a_target_without_text_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class FixedEncoder(Encoder):
     """Every text lies nearest to dog, then cat, bee, ant."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere"))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256="0" * 64))
 
     def embed(self, texts: Sequence[str]) -> Any:
         return np.array([[0.1, 0.2, 0.3, 0.4]] * len(texts)) / np.sqrt(0.3)
@@ -44,7 +44,7 @@ class Unused(Encoder):
     """Fails if it is looked at."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere"))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256="0" * 64))
 
     def embed(self, texts: Sequence[str]) -> Any:
         raise AssertionError("this selector has no use for the encoder")
