@@ -85,11 +85,9 @@ def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Targ
     if part["kind"] == "mini":
         return mini(part["dataset"], name)
     if part["kind"] == "corpus":
-        spec = corpora.spec(part["dataset"])
         sentences = corpora.load(part["dataset"], part["split"])
-        found = set(entity_types(sentences))
         unlabelled = [s.text for s in corpora.load(part["dataset"], part["unlabelled"])]
-        return Target(name, tuple(t for t in spec.types if t in found), tuple(sentences), tuple(unlabelled))
+        return Target(name, tuple(entity_types(sentences)), tuple(sentences), tuple(unlabelled))
     return _from_files(name, config)
 
 

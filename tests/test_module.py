@@ -102,7 +102,7 @@ def test_predictions_are_those_of_each_step_by_hand(make: MakeModule, pool: Pool
         return engine.predict([expert], SINGLE, TYPES, texts)
 
     by_domain = domain.rank(TARGET.unlabelled, pool.names, pool, HashEncoder()).experts[:2]
-    by_sampling = sampling.rank(TARGET.unlabelled, ids, pool.names, ask).experts[:2]
+    by_sampling = sampling.rank(TARGET.unlabelled, ids, pool.names, ask, (0, "t")).experts[:2]
     assert {name: s.experts for name, s in module.selections.items()} == {"domain": by_domain, "sampling": by_sampling}
     for name, experts in (("domain", by_domain), ("sampling", by_sampling)):
         by_hand = engine.predict(experts, TIES, TYPES, [s.text for s in SENTENCES])

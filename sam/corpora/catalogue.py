@@ -55,7 +55,10 @@ class Checksum:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One corpus: where its files lie, how they are read, what its labels mean."""
+    """One corpus: where its files lie, how they are read, what its labels mean.
+
+    ``mark``: a token, cut off from what it belongs to and a mention of its own: joined with the mention after it.
+    """
 
     id: str
     title: str
@@ -69,6 +72,7 @@ class DatasetSpec:
     labels: Mapping[str, str]
     drop: Drop
     files: Mapping[str, Checksum]
+    mark: str | None = None
 
     @property
     def types(self) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from sam.corpora.catalogue import DatasetSpec, spec
@@ -53,6 +53,8 @@ def load_report(dataset_id: str, split: str) -> Loaded:
     for index, draft in enumerate(_drafts(dataset, split, counts)):
         read += 1
         labels.update(m.type for m in draft.mentions)
+        if dataset.mark:
+            draft = joined(draft, dataset.mark, counts)
         reason = drop.reason(draft)
         if reason:
             counts[reason] += 1
@@ -65,6 +67,31 @@ def load_report(dataset_id: str, split: str) -> Loaded:
     if counts:
         log.info("%s/%s: %s", dataset_id, split, ", ".join(f"{n} {name}" for name, n in sorted(counts.items())))
     return Loaded(sentences, dict(counts), read, labels.total() + lost, dict(labels))
+
+
+def joined(draft: Draft, mark: str, counts: Counter[str]) -> Draft:
+    """``draft`` with each mention ``mark`` and the mention of its label after it as one, without the space between.
+
+    ``counts["marks_joined"]`` grows by each.
+    """
+    mentions: list[Mention] = []
+    cuts: list[int] = []
+    for mention in draft.mentions:
+        last = mentions[-1] if mentions and mentions[-1].type == mention.type else None
+        if last and draft.text[last.start : last.end] == mark and last.end + 1 == mention.start:
+            cuts.append(last.end)
+            mentions[-1] = Mention(last.start, mention.end, mention.type)
+        else:
+            mentions.append(mention)
+    if not cuts:
+        return draft
+    counts["marks_joined"] += len(cuts)
+    text = "".join(char for place, char in enumerate(draft.text) if place not in cuts)
+
+    def moved(place: int) -> int:
+        return place - sum(cut < place for cut in cuts)
+
+    return replace(draft, text=text, mentions=tuple(Mention(moved(m.start), moved(m.end), m.type) for m in mentions))
 
 
 def _drafts(dataset: DatasetSpec, split: str, counts: Counter[str]) -> Iterator[Draft]:

@@ -26,7 +26,7 @@ from sam.seeding import rng
 
 log = logging.getLogger(__name__)
 
-DATA_VERSION = 3
+DATA_VERSION = 4
 """Raise it with every change to which sentences are drawn for a recipe, or to how they are shown."""
 
 SCIENTIFIC = ("biomedical", "stem")
@@ -162,7 +162,12 @@ def _pick(sentences: Sequence[Sentence], share: int, recipe: Recipe, fits: Any) 
             picked.append(sentence)
             seen.add(sentence.text)
             empty += not sentence.mentions
-    return picked
+    if len(picked) == share:
+        return picked
+    # The dataset has less than its share, of which so many might have been empty.
+    most = int(recipe.max_empty * (len(picked) - empty) / (1 - recipe.max_empty))
+    surplus = {s.id for s in [s for s in picked if not s.mentions][most:]}
+    return [s for s in picked if s.id not in surplus]
 
 
 @cache

@@ -24,4 +24,4 @@ def rank(texts: Sequence[str], names: Sequence[str], pool: Pool, encoder: Encode
                 f"choose encoder={other.split(':')[0].split('@')[0]} as then, or train the expert with this one"
             )
     centroid = encoder.centroid(texts, seed=seed)
-    return Ranking.by({name: round(cosine(centroid, pool.cards[name].centroid), 6) for name in names})
+    return Ranking.by({name: round(cosine(centroid, pool.cards[name].centroid), 6) for name in names}, seeds=(seed,))

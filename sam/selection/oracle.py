@@ -11,10 +11,10 @@ from sam.selection.sampling import Ask
 from sam.selection.types import Ranking
 
 
-def rank(sentences: Sequence[Sentence], names: Sequence[str], ask: Ask) -> Ranking:
-    """Rank experts ``names`` by F1 on ``sentences``, which must have gold."""
+def rank(sentences: Sequence[Sentence], names: Sequence[str], ask: Ask, seeds: Sequence[object] = ()) -> Ranking:
+    """Rank experts ``names`` by F1 on ``sentences``, which must have gold; ``seeds`` draw the order of equal ones."""
     if not sentences:
         raise SamError("selector=oracle ranks by gold labels, and the target has none; choose another selector")
     texts = [s.text for s in sentences]
     scores = {name: round(score(sentences, ask(name, texts)).f1, 6) for name in names}
-    return Ranking.by(scores, {"by": "F1 on the target's gold labels"})
+    return Ranking.by(scores, {"by": "F1 on the target's gold labels"}, seeds)

@@ -31,12 +31,14 @@ def draw(texts: Sequence[str], size: int, *seeds: object) -> list[int]:
     return sorted(rng("sampling", *seeds).sample(ids, min(size, len(ids))))
 
 
-def rank(texts: Sequence[str], ids: Sequence[int], names: Sequence[str], ask: Ask) -> Ranking:
+def rank(
+    texts: Sequence[str], ids: Sequence[int], names: Sequence[str], ask: Ask, seeds: Sequence[object] = ()
+) -> Ranking:
     """Rank experts ``names`` by micro-F1 of their pairs against the majority's on the sentences ``ids``.
 
     A pair is a pseudo-label if more than half of the experts answered it. Where no pair of any sentence is, experts
-    are ranked by their mean pairwise F1 with the others, and ``details["by"]`` says so. Where that is 0 for all, the
-    order is that of ``names``, with a warning.
+    are ranked by their mean pairwise F1 with the others, and ``details["by"]`` says so. Equal experts are in an order
+    drawn by ``seeds``; with a warning where all are 0.
     """
     sample = [texts[i] for i in ids]
     pairs = {name: [frozenset(p.pairs) for p in ask(name, sample)] for name in names}
@@ -57,7 +59,7 @@ def rank(texts: Sequence[str], ids: Sequence[int], names: Sequence[str], ask: As
         "votes": [[[*pair, n] for pair, n in sorted(c.items(), key=lambda i: (-i[1], i[0]))] for c in votes],
         "pseudo_labels": sum(map(len, pseudo)),
     }
-    return Ranking.by({name: round(score, 6) for name, score in scores.items()}, details)
+    return Ranking.by({name: round(score, 6) for name, score in scores.items()}, details, seeds)
 
 
 def agreement(pairs: Mapping[str, Sequence[frozenset[Pair]]]) -> dict[str, float]:

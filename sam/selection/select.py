@@ -42,7 +42,7 @@ class Query:
         ids = sampling.draw(texts, self.sample_size, self.seed, self.target.name)
         if not ids:
             raise SamError(f"target {self.target.name} has no unlabelled sentence to sample; give at least one")
-        return sampling.rank(texts, ids, self.names, self.ask)
+        return sampling.rank(texts, ids, self.names, self.ask, (self.seed, self.target.name))
 
 
 def _sam(query: Query) -> dict[str, Selection]:
@@ -60,11 +60,11 @@ def _sampling(query: Query) -> dict[str, Selection]:
 def _sameco(query: Query) -> dict[str, Selection]:
     """Our reading of SaMeco (the paper's section 4.4 names one model at one inference): mean of the two ranks.
 
-    Equal means go to the better one by domain similarity.
+    Equal experts of a ranking share a rank; equal means go to the better one by domain similarity.
     """
-    by_domain, by_sampling = query.domain.experts, query.sampling.experts
-    ranks = {name: (by_domain.index(name) + by_sampling.index(name)) / 2 + 1 for name in query.names}
-    order = tuple(sorted(ranks, key=lambda name: (ranks[name], by_domain.index(name))))
+    by_domain, by_sampling = query.domain.ranks, query.sampling.ranks
+    ranks = {name: (by_domain[name] + by_sampling[name]) / 2 for name in query.names}
+    order = tuple(sorted(ranks, key=lambda name: (ranks[name], query.domain.experts.index(name))))
     details = {**query.sampling.details, "by": "mean rank"}
     details |= {"domain": query.domain.scores, "sampling": query.sampling.scores}
     ranking = Ranking(order, {name: -ranks[name] for name in order}, details)
@@ -102,7 +102,7 @@ def _named(query: Query) -> dict[str, Selection]:
 
 
 def _oracle(query: Query) -> dict[str, Selection]:
-    ranking = oracle.rank(query.target.scored, query.names, query.ask)
+    ranking = oracle.rank(query.target.scored, query.names, query.ask, (query.seed, query.target.name))
     return {"oracle": Selection.top("oracle", ranking, query.k)}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from sam.seeding import rng
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,22 @@ class Ranking:
     scores: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ranks(self) -> dict[str, float]:
+        """The place of each expert, from 1 on; equal ones share the mean of their places."""
+        places: dict[float, list[int]] = {}
+        for place, name in enumerate(self.experts, start=1):
+            places.setdefault(self.scores[name], []).append(place)
+        return {name: sum(places[self.scores[name]]) / len(places[self.scores[name]]) for name in self.experts}
+
     @classmethod
-    def by(cls, scores: Mapping[str, float], details: Mapping[str, Any] | None = None) -> Ranking:
-        """From scores, higher is better; equal scores are ordered by name."""
-        order = sorted(scores, key=lambda name: (-scores[name], name))
+    def by(
+        cls, scores: Mapping[str, float], details: Mapping[str, Any] | None = None, seeds: Sequence[object] = ()
+    ) -> Ranking:
+        """From scores, higher is better; equal scores are in an order drawn by ``seeds``, so that no name is ahead of
+        others everywhere."""
+        drawn = rng("ties", *seeds).sample(sorted(scores), len(scores))
+        order = sorted(drawn, key=lambda name: -scores[name])
         return cls(tuple(order), {name: scores[name] for name in order}, dict(details or {}))
 
 

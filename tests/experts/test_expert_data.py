@@ -87,6 +87,9 @@ def test_repeated_texts_are_drawn_once_and_few_empty_ones(monkeypatch: pytest.Mo
     drawn = draw_sentences(["x"], "train", Recipe(sentences=30, max_empty=0.2))["x"][0]
     assert len({s.text for s in drawn}) == len(drawn) == 30
     assert sum(not s.mentions for s in drawn) == 6  # 0.2 of 30
+    # A share that the dataset does not fill: the empty ones are a fifth of what it has.
+    short = draw_sentences(["x"], "train", Recipe(sentences=300, max_empty=0.2))["x"][0]
+    assert (len(short), sum(not s.mentions for s in short)) == (37, 7)
     assert not [s for s in draw_sentences(["x"], "train", Recipe(sentences=30, max_empty=0))["x"][0] if not s.mentions]
 
 
