@@ -1,4 +1,4 @@
-"""Bootstrap intervals over sentences for micro F1, paired between systems that answered the same sentences."""
+"""Bootstrap intervals over sentences and draws for micro F1, paired between systems of the same sentences and seeds."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def resamples(n: int, name: str, rounds: int = ROUNDS) -> NDArray[np.float64]:
     """
     generator = np.random.default_rng(rng("bootstrap", name, n).getrandbits(63))
     return generator.multinomial(n, np.full(n, 1 / n), size=rounds).astype(np.float64)
+
+
+def redrawn(runs: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    """[rounds]: the mean of runs [runs, rounds] that were made with other seeds, drawn with replacement in each round.
+
+    The same runs for a ``name``: systems of the same seeds are compared in pairs. Few runs understate the spread.
+    """
+    count, rounds = runs.shape
+    generator = np.random.default_rng(rng("redrawn", name, count).getrandbits(63))
+    chosen = generator.integers(count, size=(count, rounds))
+    return np.take_along_axis(runs, chosen, axis=0).mean(axis=0)
 
 
 def f1(counts: Counts) -> float:

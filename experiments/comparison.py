@@ -14,7 +14,9 @@ import numpy as np
 from experiments import bootstrap
 from experiments.bootstrap import Counts, Interval
 from experiments.collect import MEAN, Job, load_finished, read_predictions, target_names
+from sam import corpora
 from sam.errors import SamError
+from sam.launch import compose
 from sam.prompts import fold
 from sam.results import PREDICTIONS, RIM
 
@@ -23,6 +25,8 @@ MEAN_EXPERT, BEST_EXPERT = "experts, mean", "experts, best"
 RATIOS = ("precision", "recall", "span_f1")
 FAULTS = ("unparsable", "hallucinated", "silent")
 """Shares of answers that are no JSON, of pairs that are not in the sentence, of sentences with mentions left empty."""
+NAMES = ("known", "new")
+"""Of types: whether the sources have one of that name."""
 LABELS = {
     "unified_small": "unified, one expert's budget",
     "each": "experts, union of all",
@@ -114,6 +118,11 @@ class Comparison:
         names = self.targets if target == MEAN else [target]
         return statistics.fmean(row.at(t).mean(name) for t in names)
 
+    def recall(self, row: Row, names: str) -> float:
+        """Recall of all pairs, of all targets, whose types' names are ``known`` or ``new``."""
+        tp, gold = (sum(row.at(t).mean(f"{what} {names}") for t in self.targets) for what in ("tp", "gold"))
+        return tp / gold if gold else float("nan")
+
     def _value(self, row: Row, target: str) -> float:
         names = self.targets if target == MEAN else [target]
         return statistics.fmean(bootstrap.f1(c) for t in names for c in row.at(t).counts)
@@ -122,7 +131,8 @@ class Comparison:
         if target == MEAN:
             return bootstrap.mean([self._replicates(row, t) for t in self.targets])
         weights = _resamples(len(self.sentences[target]), target)
-        return bootstrap.mean([bootstrap.f1_of(c, weights) for c in row.at(target).counts])
+        runs = np.stack([bootstrap.f1_of(c, weights) for c in row.at(target).counts])
+        return bootstrap.redrawn(runs, target) if len(row.seeds) > 1 else runs.mean(axis=0)
 
 
 _resamples = cache(bootstrap.resamples)
@@ -224,13 +234,30 @@ def _row(comparison: Comparison, label: str, kind: str) -> Row:
     return comparison.rows.setdefault(label, Row(label, kind))
 
 
-def _figures(scores: Mapping[str, float], seconds: float) -> dict[str, float]:
+def _figures(scores: Mapping[str, Any], seconds: float) -> dict[str, float]:
     return {
         **{name: scores[name] for name in RATIOS},
         "unparsable": scores["unparsable"] / scores["n"],
         "hallucinated": scores["not_in_sentence"] / scores["predicted"] if scores["predicted"] else 0.0,
         "seconds": seconds,
+        **_by_name(scores["per_type"]),
     }
+
+
+@cache
+def known_types() -> frozenset[str]:
+    """The names of the types of all sources that the unified model, and the experts together, are trained on."""
+    datasets = [d for part in compose("domain=unified")["domain"]["domains"] for d in part]
+    return frozenset(t for dataset in datasets for t in corpora.spec(dataset).types)
+
+
+def _by_name(per_type: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Gold pairs and true positives of types with a name that training had, and of others."""
+    found = dict.fromkeys((f"{what} {name}" for name in NAMES for what in ("gold", "tp")), 0.0)
+    for entity_type, figures in per_type.items():
+        for what in ("gold", "tp"):
+            found[f"{what} {NAMES[entity_type not in known_types()]}"] += figures[what]
+    return found
 
 
 def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:

@@ -21,7 +21,7 @@ from typing import Any
 from experiments import bootstrap
 from experiments.bootstrap import Interval
 from experiments.collect import MEAN, Job, read_predictions
-from experiments.comparison import BASELINE, FAULTS, METHOD, RATIOS, Comparison, Row, compare
+from experiments.comparison import BASELINE, FAULTS, METHOD, NAMES, RATIOS, Comparison, Row, compare
 from experiments.render import escape, records_csv
 from sam.errors import SamError
 from sam.prompts import align
@@ -62,15 +62,17 @@ def markdown(comparison: Comparison) -> str:
     base = comparison.jobs[0].config.get("base.name")
     parts = [
         f"F1 (%) over (type, text) pairs, zero-shot, base {base}; sentences: {sizes}. "
-        f"In brackets 95 % bootstrap intervals over sentences ({bootstrap.ROUNDS} resamples): they hold neither the "
-        "spread of seeds (of three draws, for random) nor that of trainings. † chose by gold labels: for reference, no "
-        "method, and no upper bound. "
+        f"In brackets 95 % bootstrap intervals over sentences and seeds ({bootstrap.ROUNDS} resamples; three seeds "
+        "understate their spread): they do not hold the spread of trainings. † chose by gold labels: for reference, "
+        "no method, and no upper bound. "
         f"Commit {', '.join(comparison.commits)}.",
         _table(["system", *targets], first),
         "Means over the targets; silent: sentences with mentions in which nothing was found; seconds of merging and "
         "decoding a target, all models of the system, where it was decoded (beside the answers of its siblings, which "
         "make it cheaper); without those of the selection.",
         _table(["system", *head], second),
+        "Recall (%) of all pairs whose types have a name that the sources have too, and of the others.",
+        _table(["system", *_sizes(comparison)], [[_name(r), *_recalls(comparison, r)] for r in rows]),
         "F1 minus that of the unified model, mean over the targets: in points, and in % of the unified model's.",
         _table(["system", "points", "%"], third),
         *_pairs(comparison),
@@ -90,6 +92,18 @@ def _pairs(comparison: Comparison) -> list[str]:
     lines = [[f"{_name(a)} minus {_name(b)}", _percent(comparison.against(a, b, MEAN)[0])] for a, b in found]
     said = "F1 of one system minus that of another, mean over the targets, in points."
     return [said, _table(["systems", "points"], lines)] if lines else []
+
+
+def _sizes(comparison: Comparison) -> list[str]:
+    """The heads of the columns by types' names, with how many gold pairs there are."""
+    unified = comparison.rows[BASELINE]
+    gold = {n: sum(unified.at(t).mean(f"gold {n}") for t in comparison.targets) for n in NAMES}
+    return [f"{name} ({count:,.0f} pairs)" for name, count in gold.items()]
+
+
+def _recalls(comparison: Comparison, row: Row) -> list[str]:
+    found = [comparison.recall(row, name) for name in NAMES]
+    return ["–" if math.isnan(value) else f"{100 * value:.1f}" for value in found]
 
 
 def _published_table(targets: Sequence[str]) -> str:

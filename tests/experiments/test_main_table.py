@@ -79,7 +79,9 @@ def write_run(
 def scores(n: int) -> dict[str, Any]:
     f1 = 2 * n / (n + 3)
     counts = {"n": 2, "predicted": 2 * n, "unparsable": 1, "not_in_sentence": 0}
-    return {"precision": 1.0, "recall": n / 3, "f1": f1, "span_f1": f1, **counts}
+    # The first two of the gold pairs of both sentences are of a type that the sources have.
+    types = {"person": {"gold": 4, "tp": 2 * min(n, 2)}, "elf": {"gold": 2, "tp": 2 * max(n - 2, 0)}}
+    return {"precision": 1.0, "recall": n / 3, "f1": f1, "span_f1": f1, "per_type": types, **counts}
 
 
 def hashed(text: str) -> str:
@@ -180,9 +182,11 @@ def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: p
 def test_markdown_and_latex_name_all_rows_and_mark_gold(sweep: Path) -> None:
     found = compare(sweep)
     text = markdown(found)
-    assert "| SaM minus SaM" not in text and "| SaM minus random 3 | 1.2 [1.2, 1.2] |" in text
+    assert "| SaM minus SaM" not in text and "| SaM minus random 3 | 1.2 [-23.8, 26.2] |" in text
     assert "| top k by gold F1 † minus random 3 |" in text and "| SaM minus experts, union of all |" in text
     assert "| SaM minus union of two random 3 |" in text
+    assert "| system | known (8 pairs) | new (4 pairs) |" in text and "| top k by gold F1 † | 100.0 | 100.0 |" in text
+    assert "| unified | 75.0 | 0.0 |" in text and "| experts, mean | 75.0 | 25.0 |" in text
     assert "| top k by gold F1 † |" in text and "| SaM | 85.7 |" in text and "| GNER-T5-base | 248M |" in text
     assert r"unified, one expert's budget & 50.0" in latex(found) and r"$^\dagger$" in latex(found)
 
@@ -244,6 +248,16 @@ def test_bootstrap_is_paired_and_covers(sweep: Path) -> None:
         bootstrap.f1(np.zeros((3, 4))) == 0.0
         and not bootstrap.f1_of(np.zeros((3, 4)), bootstrap.resamples(4, "z")).any()
     )
+
+
+def test_runs_of_other_seeds_are_drawn_too_and_in_pairs() -> None:
+    runs = np.array([[0.2] * bootstrap.ROUNDS, [0.4] * bootstrap.ROUNDS, [0.6] * bootstrap.ROUNDS])
+    found = bootstrap.redrawn(runs, "t")
+    assert set(np.unique(found.round(6))) <= {round(x / 3, 6) for x in (0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8)}
+    # The mean of three draws from three values, each a run's: variance (0.4 ** 2 / 6) / 3.
+    assert found.mean() == pytest.approx(0.4, abs=0.01) and found.std() == pytest.approx((0.16 / 18) ** 0.5, rel=0.05)
+    assert np.allclose(bootstrap.redrawn(runs + 0.1, "t") - found, 0.1)
+    assert not np.array_equal(bootstrap.redrawn(runs, "u"), found)
 
 
 def test_published_rows_have_sizes_sources_and_means() -> None:
