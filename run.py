@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from sam import launch
+from sam.errors import SamError
 
 launch.register_resolvers()
 
@@ -17,6 +18,10 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    launch.check_choices(sys.argv[1:])
+    sys.argv[1:] = launch.arranged(sys.argv[1:])
+    try:
+        launch.check_overrides(sys.argv[1:])
+    except SamError as error:
+        launch.fail(str(error))
     main()
     sys.exit(launch.finish())

@@ -73,7 +73,11 @@ def load_finished(*folders: Path) -> list[Job]:
     """
     jobs = [job for folder in folders for job in load_jobs(folder)]
     if left := [job for job in jobs if job.state != "done"]:
-        raise SamError(f"{left[0].folder} is {left[0].state}; run the sweep's command again until all jobs are done")
+        why = f" ({left[0].error})" if left[0].error else ""
+        raise SamError(
+            f"{left[0].folder} is {left[0].state}{why}; run the sweep's command again until all jobs are done, or "
+            "delete the folder of a job that was a mistake"
+        )
     known = [job for job in jobs if job.experts]
     if known and (bare := [job for job in jobs if not job.experts]):
         raise SamError(f"{bare[0].folder} does not say its experts' weights, as {known[0].folder} does; run it anew")

@@ -43,7 +43,9 @@ def rows() -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table as Markdown; returns 1 if a count differs from the expected one."""
-    parser = argparse.ArgumentParser(description="Counts of every dataset beside the expected ones.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.counts", description="Counts of every dataset beside the expected ones."
+    )
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
     try:

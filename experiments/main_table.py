@@ -12,7 +12,6 @@ import hashlib
 import json
 import lzma
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -236,8 +235,9 @@ def write(folder: Path, out: Path) -> Comparison:
     write_text(out / "main_table.md", markdown(comparison))
     write_text(out / "main_table.tex", latex(comparison))
     files: dict[bytes, str] = {}  # a system that no seed changes is kept once
-    shutil.rmtree(out / "predictions", ignore_errors=True)
-    (out / "predictions").mkdir(parents=True)
+    (out / "predictions").mkdir(parents=True, exist_ok=True)
+    for old in (out / "predictions").glob("*.jsonl.xz"):
+        old.unlink()
     kept = {}
     for job in comparison.jobs:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job)).encode()

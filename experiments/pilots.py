@@ -40,7 +40,7 @@ LEFT_OUT = ("wnut17", "btc", "scierc", "matscholar")
 SIZES = {"in_domain": 40, "left_out": 100}
 """Sentences that are scored a dataset."""
 
-DEFAULTS = ("base.fold=null", "train.sentences=200", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
+DEFAULTS = ("base.fold=null", "train.sentences=200", "trainer=cpu", "trainer.enable_progress_bar=false")
 """The shipped start has seen all domains, also those left out here: a pilot begins from the bare base."""
 
 READ = ("train", "base", "trainer", "decode")
@@ -74,7 +74,8 @@ def configure(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         if override.lstrip("+~").partition("=")[0].partition(".")[0] not in READ:
             raise SamError(f"{override} changes nothing in a pilot, which reads {', '.join(f'{r}.*' for r in READ)}")
-    return compose(*DEFAULTS, *overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    return compose(*(d for d in DEFAULTS if d.partition("=")[0] not in given), *overrides)
 
 
 def domains() -> list[list[str]]:
@@ -137,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one pilot, append its line and print it; 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m experiments.pilots", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="what the pilot is called in the results")
-    parser.add_argument("overrides", nargs="*", metavar="train.KEY=VALUE", help="what differs from conf/train")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="train.KEY=VALUE", help="what differs from conf/train"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"the file of results (default {RESULTS})")
     args = parser.parse_args(argv)
     quiet()

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,15 @@ from sam.console import print_table, say
 from sam.errors import SamError
 from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_status
+from sam.tracking import check_logger
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 
-FAILED: list[str] = []
+FAILED: list[tuple[str, str]] = []
+"""(overrides, error) of each job that failed."""
 SWEEP: list[Path] = []
 
 
@@ -41,10 +44,14 @@ def register_resolvers() -> None:
 
 
 def compose(*overrides: str) -> dict[str, Any]:
-    """The plain config that ``python run.py *overrides`` would run, for notebooks and tests."""
+    """The plain config that ``python run.py *overrides`` would run, for notebooks and tests.
+
+    Raises SamError for what no config has.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    check_overrides(overrides)
     register_resolvers()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().absolute())):
         return plain(hydra_compose("config", overrides=list(overrides)))
@@ -76,21 +83,68 @@ def job_name(overrides: str) -> str:
     return f"{safe[:100]}-{hashlib.sha256(kept.encode()).hexdigest()[:8]}"
 
 
-def check_choices(argv: Sequence[str]) -> None:
-    """Refuse an unknown group option in one line, before Hydra composes anything."""
-    conf = conf_dir()
-    groups = {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in conf.iterdir() if f.is_dir()}
+def arranged(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``-m`` first: Hydra takes it before or after all overrides, but not among them."""
+    multirun = [a for a in argv if a in ("-m", "--multirun")]
+    return [*multirun[:1], *(a for a in argv if a not in multirun)]
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """The config groups, each with the names of its options."""
+    return {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in conf_dir().iterdir() if f.is_dir()}
+
+
+@cache
+def keys(group: str) -> list[str]:
+    """The names of the values in a group's section of the config; of the config itself for ``""``."""
+    if group == "":
+        files, others = [conf_dir() / "config.yaml"], ["hydra", *(g for g in groups() if g != "dataset")]
+    else:
+        files, others = sorted((conf_dir() / group).glob("*.yaml")), []
+    found = [key for file in files for key in OmegaConf.load(file)]
+    if group == "target":
+        found += OmegaConf.load(conf_dir() / "target_defaults.yaml").target
+    return sorted({*map(str, found), *others} - {"defaults"})
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """Refuse what no config has, before Hydra composes anything.
+
+    Raises SamError for an unknown option of a group, an unknown key (which Hydra would add after a plus sign, to no
+    effect), and a group that is taken away.
+    """
     for argument in argv:
-        name, equals, value = argument.lstrip("+").partition("=")
-        if not equals or name not in groups or argument.startswith("-"):
+        name, equals, value = argument.lstrip("+~").partition("=")
+        if argument.startswith("-") or not (equals or argument.startswith("~")):
             continue
-        for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
-            if choice == "null" and name == "experiment":
-                continue
-            if choice and choice not in groups[name] and re.fullmatch(r"[\w-]+", choice):
-                near = difflib.get_close_matches(choice, groups[name], n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                fail(f"{name}={choice} is unknown; allowed: {', '.join(groups[name])}{hint}")
+        group, _, key = name.partition("@")[0].partition(".")
+        if group == "dataset":
+            raise SamError(f"{argument}: no run has a dataset by itself; {_as_target('ID')} makes a corpus a target")
+        _check_known(group, "", keys(""))
+        if key and group in groups() and group != "experiment":
+            _check_known(key.split(".")[0], f"{group}.", keys(group))
+        if argument.startswith("~") and name in groups():
+            raise SamError(f"{argument}: every run needs {name}; choose one of {', '.join(groups()[name])}")
+        if name in groups():
+            for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
+                if re.fullmatch(r"[\w-]+", choice):
+                    _check_known(choice, f"{name}=", groups()[name])
+
+
+def _check_known(name: str, before: str, allowed: Sequence[str]) -> None:
+    if name in allowed:
+        return
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {before if before.endswith('.') else ''}{near[0]}?" if near else ""
+    if before == "target=" and name in groups()["dataset"]:
+        hint = f"; {_as_target(name)} makes this corpus a target"
+    raise SamError(f"{before}{name} is unknown; allowed: {', '.join(allowed)}{hint}")
+
+
+def _as_target(dataset: str) -> str:
+    parts = f"kind: corpus, dataset: {dataset}, split: dev, unlabelled: train"
+    return f"target=custom '+target.sets.mine={{{parts}}}'"
 
 
 def fail(message: str) -> None:
@@ -117,14 +171,17 @@ def job(cfg: DictConfig) -> float:
         if not read_finished(folder):
             write_status(folder, "running", overrides)
         value = run_task(config, folder, overrides, group=SWEEP[0].name if sweep else None)
-    except Exception as error:
+    except Exception as caught:
+        # What a path in the config cannot be read or written for is the user's to mend.
+        named = isinstance(caught, OSError) and caught.filename
+        error = SamError(f"{caught.filename}: {caught.strerror}") if named else caught  # type: ignore[attr-defined]
         # The exception holds the job's frames, and with them a model: only its text is kept.
         message = one_line(error)
         log.debug("traceback", exc_info=True)
         if not isinstance(error, SamError) or os.environ.get("HYDRA_FULL_ERROR"):
             log.exception("the job failed")
         write_status(folder, "failed", overrides, message)
-        FAILED.append(f"{' '.join(overrides) or 'job'}: {message}")
+        FAILED.append((" ".join(overrides) or "job", message))
         say(f"error: {message}")
         return float("nan")
     write_status(folder, "done", overrides)
@@ -178,6 +235,7 @@ def cache_at(folder: str | None) -> Iterator[None]:
 def _run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:
     if config["trainer"]["devices"] != 1:
         raise SamError(f"trainer.devices={config['trainer']['devices']} must be 1; run one job a device instead")
+    check_logger(config["logger"])
     if config["task"]["name"] == "train":
         from sam.tasks.train import train
 
@@ -192,7 +250,9 @@ def quiet() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message=r".*(LeafSpec|num_workers|does not have many workers).*")
+    warnings.filterwarnings(
+        "ignore", message=r".*(LeafSpec|num_workers|does not have many workers|is_gradient_checkpointing).*"
+    )
     # Importing Lightning resets its own loggers to INFO, but not those below them.
     for name in ("lightning.pytorch.utilities.rank_zero", "httpx", "sentence_transformers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -205,8 +265,17 @@ def finish() -> int:
     elif FAILED:
         return 1
     if FAILED:
-        say("\n  ".join([f"{len(FAILED)} of the sweep's jobs failed:", *FAILED]))
+        say("\n  ".join([f"{len(FAILED)} of the sweep's jobs failed:", *grouped(FAILED)]))
     return 1 if FAILED else 0
+
+
+def grouped(failed: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each message of failed jobs, given as (job, message): the first job that has it, and how many more."""
+    jobs: dict[str, list[str]] = {}
+    for name, message in failed:
+        jobs.setdefault(message, []).append(name)
+    more = {message: f" (and {len(names) - 1} more)" if len(names) > 1 else "" for message, names in jobs.items()}
+    return [f"{names[0]}{more[message]}: {message}" for message, names in jobs.items()]
 
 
 def print_summary(sweep: Path) -> None:

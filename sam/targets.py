@@ -45,10 +45,12 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None, limit_seed
 
     Raises SamError for a type that no target has, an empty target, or files that cannot be read.
     """
-    if limit is not None and not (isinstance(limit, int) and limit >= 1):
+    if limit is not None and not (type(limit) is int and limit >= 1):
         raise SamError(f"limit={limit} must be at least 1 (or null for all sentences)")
-    if limit_seed is not None and (type(limit_seed) is not int or limit is None):
-        raise SamError(f"limit_seed={limit_seed} must be an integer, beside a limit (or null for the first sentences)")
+    if limit_seed is not None and type(limit_seed) is not int:
+        raise SamError(f"limit_seed={limit_seed} must be an integer (or null for the first sentences)")
+    if limit_seed is not None and limit is None:
+        raise SamError(f"limit_seed={limit_seed} draws the sentences of a limit; give limit=… too")
     if not config.get("sets"):
         raise SamError("target names no set; choose one or more: target=mini_movie, target=[crossner_ai,mit_movie]")
     for name, part in config["sets"].items():
@@ -92,8 +94,8 @@ def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Targ
 
 
 def _from_files(name: str, config: Mapping[str, Any]) -> Target:
-    types = config["types"]
-    if not types or isinstance(types, str):
+    types = [config["types"]] if isinstance(config["types"], str) else config["types"]
+    if not types:
         raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
     if not config["path"]:
         raise SamError("target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or a sentence a line)")
@@ -101,7 +103,9 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
     if repeated:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
     if odd := [t for t in types if not isinstance(t, str) or not t or fold(t) != t]:
-        raise SamError(f"target.types names {odd[0]!r}; a type is text without space at its ends or double space in it")
+        raise SamError(
+            f"target.types names {odd[0]!r}; a type must be text, without space at its ends or double space in it"
+        )
     sentences = corpora.read_file(Path(config["path"]).expanduser())
     others = corpora.read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
     found = entity_types(sentences)

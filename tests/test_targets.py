@@ -188,8 +188,8 @@ def test_types_keep_the_order_in_which_a_user_gives_them(labelled: Path) -> None
         ({"types": []}, ("target.types=[gene,disease]",)),
         ({"types": ["gene", "gene"]}, ("'gene' twice",)),
         ({"types": ["gene", " place"]}, ("' place'", "without space")),
-        ({"types": ["gene", ""]}, ("''", "a type is text")),
-        ({"types": ["gene", 5]}, ("names 5;", "a type is text")),
+        ({"types": ["gene", ""]}, ("''", "a type must be text")),
+        ({"types": ["gene", 5]}, ("names 5;", "a type must be text")),
         ({"types": ["protein"]}, ("['protein']", "gene, place")),
         ({"unlabelled": "/nowhere/else.txt"}, ("/nowhere/else.txt", "no such file")),
     ],
@@ -199,6 +199,11 @@ def test_what_cannot_be_asked_of_a_file(labelled: Path, options: dict[str, Any],
         load_targets(files(labelled, **options))
     message = one_line(error)
     assert all(part in message for part in named)
+
+
+def test_a_single_type_may_stand_bare(labelled: Path) -> None:
+    (target,) = load_targets(files(labelled, types="gene"))
+    assert target.types == ("gene",)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -54,6 +54,20 @@ def test_a_job_that_fails_is_a_failed_run(
     assert capfd.readouterr().err == ""
 
 
+def test_a_run_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class RefusedError(Exception):
+        pass
+
+    def init(**options: Any) -> Any:
+        raise RefusedError("No API key\nconfigured.")
+
+    fake = SimpleNamespace(init=init, Settings=lambda **options: options, Error=RefusedError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(SamError) as error, tracked(CONFIG, tmp_path, None, "run"):
+        pass
+    assert str(error.value).startswith("W&B does not start (No API key configured.); `wandb login`, or logger.mode=")
+
+
 def test_no_logger_no_run(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     with tracked({**CONFIG, "logger": {"name": "none"}}, tmp_path, None, "run") as run:
         assert run is None

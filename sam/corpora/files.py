@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 COLUMNS = (".conll", ".bio", ".iob", ".tsv")
 TAG = re.compile(r"O|[BIELSU]-.+")
 SNIFFED_LINES = 50
+KEYS = ("text", "mentions", "id")
 
 
 def read_file(path: str | Path) -> list[Sentence]:
@@ -34,6 +35,8 @@ def read_file(path: str | Path) -> list[Sentence]:
     Raises SamError with file and line for what cannot be read; nothing is skipped but blank lines.
     """
     path = Path(path)
+    if path.is_dir():
+        raise SamError(f"{path} is a folder; give a file")
     if not path.is_file():
         raise SamError(f"{path}: no such file")
     lines = _lines(path)
@@ -79,6 +82,7 @@ def _from_text(path: Path, lines: list[str]) -> Iterator[Sentence]:
 
 def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
     index = 0
+    unread: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -89,10 +93,13 @@ def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
             raise SamError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(record, dict) or not isinstance(text := record.get("text"), str) or not text.strip():
             raise SamError(f'{where}: needs an object with a "text" that is not empty')
+        unread.update(key for key in record if key not in KEYS)
         mentions = record.get("mentions")
         gold = None if mentions is None else _mentions(where, text, mentions)
         yield Sentence(str(record.get("id", f"{path.stem}/{index}")), text, gold)
         index += 1
+    if unread:
+        log.warning("%s: not read: %s; a line may have %s", path, ", ".join(sorted(unread)), ", ".join(KEYS))
 
 
 def _mentions(where: str, text: str, mentions: Any) -> tuple[Mention, ...]:

@@ -95,8 +95,14 @@ class Pool:
             if name == "combined":
                 raise SamError(f"{self.path / name}: results call the united predictions so; rename the expert")
         if not cards:
-            raise SamError(f"experts.path={self.path} holds no expert; train some with `run.py task=train`")
+            raise SamError(f"experts.path={self.path} holds no expert; {self._instead()}")
         return cards
+
+    def _instead(self) -> str:
+        if (self.path / CARD_FILE).is_file():
+            return f"it is one itself: give its parent, {self.path.parent}"
+        pools = sorted({str(card.parent.parent) for card in self.path.glob(f"*/*/{CARD_FILE}")})
+        return f"it holds pools: {', '.join(pools)}" if pools else "train some with `run.py task=train`"
 
     @property
     def names(self) -> list[str]:
@@ -119,10 +125,12 @@ class Pool:
             path, card = self.folder(name), self.cards[name]
             if card.base_fingerprint != fingerprint:
                 folded = f" with an adapter folded in ({card.base_fold[:12]})" if card.base_fold else ""
+                start = next((self.path / n for n, c in self.cards.items() if c.role == "start"), None)
+                fold = start if card.base_fold and start else "what it was trained with" if card.base_fold else "null"
                 raise SamError(
                     f"expert {name!r} was trained on base {card.base}{folded} ({card.base_fingerprint[:12]}), not on "
-                    f"this one ({fingerprint[:12]}); choose base={card.base} with the base.fold it was trained with, "
-                    "or a pool trained on this base"
+                    f"this one ({fingerprint[:12]}); choose base={card.base} and base.fold={fold}, or a pool trained "
+                    "on this base"
                 )
             if card.prompt_version != prompt_version:
                 raise SamError(

@@ -33,7 +33,7 @@ def check_lam(lam: object, option: str = "lam") -> None:
 def check_seed(seed: object, option: str = "seed") -> None:
     """Raise SamError unless ``seed`` is an integer."""
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise SamError(f"{option}={seed!r} is not an integer; give a seed for the random drop, e.g. 0")
+        raise SamError(f"{option}={seed!r} is not an integer; e.g. 0")
 
 
 def check_choice(value: object, allowed: Collection[str], option: str) -> None:

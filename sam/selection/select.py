@@ -138,10 +138,10 @@ def check(name: str, k: int, sample_size: int, names: Sequence[str], pool: Pool,
     if name not in SELECTORS:
         raise SamError(f"selector={name} is unknown; allowed: {', '.join(SELECTORS)}")
     selector = SELECTORS[name]
-    if selector.uses_k and not (isinstance(k, int) and 1 <= k <= len(names)):
-        raise SamError(f"k={k} must lie in 1..{len(names)}, the size of the pool ({', '.join(names)})")
-    if selector.uses_sample and not (isinstance(sample_size, int) and sample_size >= 1):
-        raise SamError(f"sample_size={sample_size} must be at least 1")
+    if selector.uses_k and not (type(k) is int and 1 <= k <= len(names)):
+        raise SamError(f"k={k} must be an integer in 1..{len(names)}, the size of the pool ({', '.join(names)})")
+    if selector.uses_sample and not (type(sample_size) is int and sample_size >= 1):
+        raise SamError(f"sample_size={sample_size} must be an integer of at least 1")
     if experts and name != "named":
         raise SamError(f"selector={name} does not use selector.experts; choose selector=named or remove it")
     if name == "named":

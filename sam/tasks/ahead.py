@@ -5,12 +5,13 @@ A target's own module then finds its answers kept; the order of work changes, no
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from sam.console import console
+from sam.console import console, say
 from sam.engine import SINGLE, Engine
 from sam.selection import sampling
 from sam.targets import Target
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """``progress(description, total)`` starts a bar and returns what advances it."""
+
+
+PATIENCE = 30
+"""Seconds."""
 
 
 class Spent(NamedTuple):
@@ -33,17 +38,35 @@ class Spent(NamedTuple):
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """Progress bars on the terminal (none where stderr is not one)."""
+    """Progress bars on the terminal; where stderr is not one, a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if not console().is_terminal:
+        yield lines
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(), disable=not console().is_terminal) as bar:
+    with Progress(*columns, console=console()) as bar:
 
         def start(description: str, total: int) -> Callable[[int], None]:
             task = bar.add_task(description, total=total)
             return lambda n: bar.advance(task, n)
 
         yield start
+
+
+def lines(description: str, total: int) -> Callable[[int], None]:
+    """Say how many are to be done, and every :data:`PATIENCE` seconds how many are."""
+    done, said = 0, time.monotonic()
+    say(f"{description}: {total} answers")
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        if time.monotonic() - said >= PATIENCE:
+            said = time.monotonic()
+            say(f"{description}: {done} of {total}")
+
+    return advance
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam import prompts
 from sam.base import BaseSpec, device_of
@@ -42,6 +42,10 @@ from sam.targets import Target, load_targets
 from sam.tasks.report import metrics, prediction_rows, section, sections, show
 from sam.tracking import tracked
 
+if TYPE_CHECKING:
+    from sam.engine import Engine
+    from sam.module import SamModule
+
 log = logging.getLogger(__name__)
 
 
@@ -58,6 +62,11 @@ class Plan:
     decode: DecodeSpec
     targets: list[Target]
     hashes: dict[str, str]
+    selector: str
+    k: int
+    sample_size: int
+    seed: int
+    rule: str
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
@@ -88,7 +97,27 @@ def plan(config: Mapping[str, Any]) -> Plan:
     used = sorted({*names, *experts})
     pool.check(identity(base), prompts.PROMPT_VERSION, used)
     hashes = {name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used}
-    return Plan(base, encoder, pool, names, experts, merge, decode, targets, hashes)
+    chosen = (selector, config["k"], config["sample_size"], config["seed"], config["combine"]["rule"])
+    return Plan(base, encoder, pool, names, experts, merge, decode, targets, hashes, *chosen)
+
+
+def module_of(planned: Plan, target: Target, engine: Engine, encoder: Encoder) -> SamModule:
+    """What runs ``target`` as planned."""
+    from sam.module import SamModule
+
+    return SamModule(
+        engine,
+        encoder,
+        target,
+        selector=planned.selector,
+        k=planned.k,
+        sample_size=planned.sample_size,
+        merge=planned.merge,
+        rule=planned.rule,
+        seed=planned.seed,
+        names=planned.names,
+        experts=planned.experts,
+    )
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
@@ -119,15 +148,15 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
         **config,
         "decode": planned.decode.canonical(planned.base.dtype, device_of(config["trainer"]["accelerator"])),
     }
-    digest = config_hash(science, **facts(planned, SELECTORS[config["selector"]["name"]].uses_encoder))
+    digest = config_hash(science, **facts(planned))
     done = read_done(folder, digest)
     if done is not None:
         say(f"already done: {folder / RESULT}")
         return float(done["overall"]["f1"] if done["overall"] else "nan")
-    # An older result of another config must not pass for this one's while it runs, or if it is killed.
-    write_status(folder, "running", overrides)
-    (folder / RESULT).unlink(missing_ok=True)
     with tracked(config, folder, group, name=" ".join(overrides) or "run") as run:
+        # An older result of another config must not pass for this one's while it runs, or if it is killed.
+        write_status(folder, "running", overrides)
+        (folder / RESULT).unlink(missing_ok=True)
         result, rows = run_targets(config, planned)
         result = {**head(config, digest, overrides, planned), **result}
         result["seconds"]["total"] = round(time.perf_counter() - begin, 2)
@@ -139,9 +168,9 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
     return float(result["overall"]["f1"] if result["overall"] else "nan")
 
 
-def facts(planned: Plan, embeds: bool) -> dict[str, Any]:
-    """What a result stands on beside its config: the experts' and the targets' content, the encoder if it ``embeds``,
-    and versions."""
+def facts(planned: Plan) -> dict[str, Any]:
+    """What a result stands on beside its config: the experts' and the targets' content, the encoder if the selector
+    uses it, and versions."""
     from sam.base import folder, identity, settings_hash
 
     experts = {n: [h, planned.pool.cards[n].encoder, planned.pool.cards[n].centroid] for n, h in planned.hashes.items()}
@@ -150,7 +179,7 @@ def facts(planned: Plan, embeds: bool) -> dict[str, Any]:
         "schema": SCHEMA,
         "prompt": prompts.PROMPT_VERSION,
         "scores": SCORES_VERSION,
-        "encoder": planned.encoder.identity if embeds else None,
+        "encoder": planned.encoder.identity if SELECTORS[planned.selector].uses_encoder else None,
         "base": [identity(planned.base), settings_hash(folder(planned.base))],
         "merging": MERGE_VERSION,
         "experts": experts,
@@ -190,7 +219,6 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
     with console().status("Loading libraries"):
         import lightning as L
 
-        from sam.module import SamModule
         from sam.tasks import ahead
 
     store = AnswerStore(cache_dir() / "answers.sqlite" if config["answers"] == "reuse" else None)
@@ -210,30 +238,12 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    chosen = SELECTORS[config["selector"]["name"]]
-    modules = {
-        target.name: SamModule(
-            engine,
-            encoder,
-            target,
-            selector=config["selector"]["name"],
-            k=config["k"],
-            sample_size=config["sample_size"],
-            merge=planned.merge,
-            rule=config["combine"]["rule"],
-            seed=config["seed"],
-            names=planned.names,
-            experts=planned.experts,
-        )
-        for target in planned.targets
-    }
+    modules = {target.name: module_of(planned, target, engine, encoder) for target in planned.targets}
     try:
         with ahead.bars() as progress:
-            if chosen.uses_sample:
+            if SELECTORS[planned.selector].uses_sample:
                 with engine.timed("select"):
-                    ahead.sample(
-                        engine, planned.targets, planned.names, config["sample_size"], config["seed"], progress
-                    )
+                    ahead.sample(engine, planned.targets, planned.names, planned.sample_size, planned.seed, progress)
             with ahead.uncounted(engine):
                 for module in modules.values():
                     module.setup("predict")

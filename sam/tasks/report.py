@@ -9,7 +9,7 @@ from typing import Any
 from sam import prompts
 from sam.console import print_table, say
 from sam.ner import Mention, Prediction
-from sam.results import RESULT, peak_memory_mb
+from sam.results import PREDICTIONS, RESULT, peak_memory_mb
 from sam.selection.select import SELECTORS
 
 MAIN = ("precision", "recall", "f1", "span_f1")
@@ -108,10 +108,16 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
         cells = [f"{100 * overall[m]:.1f}" for m in ("precision", "recall", "f1")]
         rows.append(["mean", "", "", *cells, "", f"{result['seconds']['total']:.1f}"])
     note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
-    title = f"merge={result['config']['merge']['name']} k={result['config']['k']}{note}"
+    config = result["config"]
+    used = SELECTORS[config["selector"]["name"]].uses_k
+    several = any(len(m["experts"]) > 1 for t in result["targets"].values() for m in t["models"].values())
+    shown = [f"selector={config['selector']['name']}"]
+    shown += [f"merge={config['merge']['name']}"] * several + [f"k={config['k']}"] * used
+    title = " ".join(shown) + note
     print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)
     answers = result["answers"]
     say(f"{answers.get('decoded', 0)} answers decoded, {answers.get('reused', 0)} reused; {folder / RESULT}")
+    say(f"what was found in each sentence: {folder / PREDICTIONS}")
 
 
 def _cells(scores: Mapping[str, Any] | None) -> list[str]:

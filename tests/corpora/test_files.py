@@ -98,6 +98,18 @@ def test_json_that_is_a_sentence_a_line_is_read(tmp_path: Path) -> None:
     assert read_file(write(tmp_path, "a.json", '{"text": "Ada"}\n{"text": "Bonn"}\n'))[1].text == "Bonn"
 
 
+def test_keys_that_are_not_read_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, "a.jsonl", '{"text": "Ada", "entities": []}\n{"text": "Bonn", "label": 1}\n')
+    assert [s.mentions for s in read_file(path)] == [None, None]
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path}: not read: entities, label; a line may have text, mentions, id"
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SamError, match="is a folder; give a file"):
+        read_file(tmp_path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SamError, match=r"nowhere.jsonl: no such file"):
         read_file(tmp_path / "nowhere.jsonl")

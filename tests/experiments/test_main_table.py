@@ -158,6 +158,10 @@ def test_silence_is_counted_where_there_is_something_to_find() -> None:
 def test_text_of_the_corpora_stays_behind(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main([str(sweep), "--out", str(out)]) == 0 and "main_table.md" in capsys.readouterr().out
+    (out / "predictions" / "mine.txt").write_text("kept")
+    (out / "predictions" / "old.jsonl.xz").write_text("of another sweep")
+    assert main([str(sweep), "--out", str(out)]) == 0
+    assert (out / "predictions" / "mine.txt").is_file() and not (out / "predictions" / "old.jsonl.xz").exists()
     lines = [json.loads(x) for x in lzma.decompress((out / "predictions" / "sam-0.jsonl.xz").read_bytes()).splitlines()]
     assert lines[0]["combined"] == [
         ["person", 0, 3],

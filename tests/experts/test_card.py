@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,7 +102,25 @@ def test_missing_and_empty_pools_are_refused(tmp_path: Path) -> None:
     assert one_line(error).startswith(f"experts.path={tmp_path / 'absent'} is not a folder")
     with pytest.raises(SamError) as error:
         _ = Pool(tmp_path).names
-    assert one_line(error).startswith(f"experts.path={tmp_path} holds no expert")
+    assert one_line(error) == f"experts.path={tmp_path} holds no expert; train some with `run.py task=train`"
+
+
+def test_what_is_no_pool_but_near_one_is_said(tmp_path: Path, shared_pool: Pool) -> None:
+    pool = Path(shutil.copytree(shared_pool.path, tmp_path / "pools" / "mine"))
+    with pytest.raises(SamError) as error:
+        assert Pool(pool.parent).cards
+    assert one_line(error) == f"experts.path={pool.parent} holds no expert; it holds pools: {pool}"
+    with pytest.raises(SamError) as error:
+        assert Pool(pool / "news").cards
+    assert one_line(error).endswith(f"holds no expert; it is one itself: give its parent, {pool}")
+    card = shared_pool.cards["news"]
+    (pool / "start").mkdir()
+    make_card("start", card.base_fingerprint, role="start").write(pool / "start")
+    make_card("news", "0" * 64, base_fold="1" * 64).write(pool / "news")
+    with pytest.raises(SamError) as error:
+        Pool(pool).check(card.base_fingerprint, PROMPT_VERSION, ["news"])
+    assert "with an adapter folded in (111111111111)" in one_line(error)
+    assert f"base.fold={pool / 'start'}" in one_line(error)
 
 
 def test_unknown_name_lists_those_there_are(pool: Pool) -> None:
@@ -126,7 +145,7 @@ def test_other_base_and_other_prompt_are_refused(pool: Pool, tiny: Base) -> None
         pool.check("0123456789abcdef", PROMPT_VERSION)
     assert one_line(error) == (
         f"expert 'biomedical' was trained on base tiny ({tiny.fingerprint[:12]}), not on this one (0123456789ab); "
-        "choose base=tiny with the base.fold it was trained with, or a pool trained on this base"
+        "choose base=tiny and base.fold=null, or a pool trained on this base"
     )
     with pytest.raises(SamError, match=f"trained with prompt version {PROMPT_VERSION}, this is 99") as error:
         pool.check(tiny.fingerprint, "99")

@@ -20,6 +20,7 @@ from sam import launch, prompts
 from sam.base import BaseSpec
 from sam.combine import combine
 from sam.decoding.greedy import Answer
+from sam.engine import Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.merging import AdapterDeltas
@@ -28,7 +29,7 @@ from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
 from sam.scoring import score
 from sam.targets import mini
-from sam.tasks.extract import extract, plan
+from sam.tasks.extract import extract, module_of, plan
 from tests.tiny import HashEncoder, make_card, one_line
 
 Config = dict[str, Any]
@@ -245,6 +246,32 @@ def test_answers_are_shared_from_run_to_run(composed: Compose, tmp_path: Path) -
     extract(composed("k=1", "merge=dare", "answers=fresh"), tmp_path / "c", [], None)
     assert result_of(tmp_path / "c")["answers"]["decoded"] > 0
     assert result_of(tmp_path / "c")["overall"] == result_of(tmp_path / "a")["overall"]
+
+
+def test_what_fails_before_its_start_takes_no_result_away(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(composed(), tmp_path / "r", [], None)
+    before = (tmp_path / "r" / RESULT).read_bytes()
+
+    def refuses(*args: Any, **options: Any) -> None:
+        raise SamError("no W&B")
+
+    monkeypatch.setattr(sam.tasks.extract, "tracked", refuses)
+    with pytest.raises(SamError, match="no W&B"):
+        extract(composed("k=1"), tmp_path / "r", ["k=1"], None)
+    assert (tmp_path / "r" / RESULT).read_bytes() == before
+
+
+def test_a_module_runs_what_was_planned(composed: Compose) -> None:
+    planned = plan(
+        composed("k=1", "sample_size=4", "seed=5", "selector=sampling", "combine=vote", "experts.only=[news]")
+    )
+    engine = Engine(planned.base, planned.pool, planned.decode, None, "cpu")
+    module = module_of(planned, planned.targets[0], engine, HashEncoder())
+    query = module.query
+    assert (module.selector, module.rule, module.merge) == ("sampling", "vote", planned.merge)
+    assert (query.k, query.sample_size, query.seed, list(query.names)) == (1, 4, 5, ["news"])
 
 
 def test_an_old_result_does_not_pass_for_a_new_run_that_dies(
