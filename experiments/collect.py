@@ -58,7 +58,8 @@ def load_jobs(folder: Path) -> list[Job]:
     if not done:
         first = next((f"; first error: {job.error}" for job in others if job.error), "")
         raise SamError(
-            f"no {RESULT} under {folder} ({len(others)} unfinished jobs{first}); run the sweep first (tables that were made of one do not do)"
+            f"no {RESULT} under {folder} ({len(others)} unfinished jobs{first}); run the sweep first (tables that were "
+            "made of one do not do)"
         )
     return sorted(done + others, key=lambda job: natural_key(str(job.folder)))
 
