@@ -113,12 +113,6 @@ def test_prefixes_are_run_together_as_far_as_a_pass_holds_them(stopping: Base, m
     assert tokens[0] == ragged.rounded(sum(sizes[:2])) and ragged.rounded(sizes[2]) in tokens[1:]
 
 
-def test_progress_counts_answers(stopping: Base) -> None:
-    done: list[int] = []
-    decode(stopping, TYPES, TEXTS, DecodeSpec(2, 4), done.append)
-    assert done == [1] * len(TEXTS)
-
-
 def test_guesses_change_no_answer_and_right_ones_save_passes(stopping: Base) -> None:
     spec = DecodeSpec(30, 10)
     with passes(stopping) as without:
