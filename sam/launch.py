@@ -119,13 +119,15 @@ def check_overrides(argv: Sequence[str]) -> None:
         if argument.startswith("-") or not (equals or argument.startswith("~")):
             continue
         group, _, key = name.partition("@")[0].partition(".")
+        if group.split("/")[0] == "hydra":
+            continue
         if group == "dataset":
             raise SamError(f"{argument}: no run has a dataset by itself; {_as_target('ID')} makes a corpus a target")
         _check_known(group, "", keys(""))
         if key and group in groups() and group != "experiment":
             _check_known(key.split(".")[0], f"{group}.", keys(group))
-        if argument.startswith("~") and name in groups():
-            raise SamError(f"{argument}: every run needs {name}; choose one of {', '.join(groups()[name])}")
+        if argument.startswith("~") and not name.startswith("target.sets."):
+            raise SamError(f"{argument}: every run needs {name.partition('=')[0]}; give it another value")
         if name in groups():
             for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
                 if re.fullmatch(r"[\w-]+", choice):

@@ -29,7 +29,16 @@ def options(kind: type[T], config: Mapping[str, Any], section: str) -> T:
     for name, value in config.items():
         if not _fits(value, hints[name]):
             raise SamError(f"{section}.{name}={'null' if value is None else value} must be {_worded(hints[name])}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
+    return kind(**{name: _taken(value, hints[name]) for name, value in config.items()})
+
+
+def _taken(value: Any, hint: Any) -> Any:
+    """``value`` in the type of ``hint``: hashes tell 1 from 1.0."""
+    if isinstance(hint, UnionType):
+        return value if value is None else _taken(value, next(h for h in get_args(hint) if _fits(value, h)))
+    if get_origin(hint) is tuple:
+        return tuple(_taken(one, get_args(hint)[0]) for one in value)
+    return float(value) if hint is float else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

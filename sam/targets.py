@@ -53,6 +53,8 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None, limit_seed
         raise SamError(f"limit_seed={limit_seed} draws the sentences of a limit; give limit=… too")
     if not config.get("sets"):
         raise SamError("target names no set; choose one or more: target=mini_movie, target=[crossner_ai,mit_movie]")
+    if not isinstance(config["sets"], Mapping):
+        raise SamError(f"target.sets={config['sets']} must be a mapping: +target.sets.NAME={{kind: …, dataset: …}}")
     for name, part in config["sets"].items():
         _check_set(name, part)
     if "files" not in {part["kind"] for part in config["sets"].values()} and (config["path"] or config["unlabelled"]):
@@ -75,7 +77,7 @@ def _limited(target: Target, limit: int | None, seed: int | None) -> Target:
 
 def _check_set(name: str, part: Any) -> None:
     """A target set is a mapping of a known kind, with what that kind needs."""
-    if not isinstance(part, Mapping) or part.get("kind") not in KINDS:
+    if not isinstance(part, Mapping) or part.get("kind") not in tuple(KINDS):
         kind = part.get("kind") if isinstance(part, Mapping) else part
         raise SamError(f"target.sets.{name}.kind={kind} is unknown; allowed: {', '.join(KINDS)}")
     needed = KINDS[part["kind"]]

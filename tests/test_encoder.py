@@ -112,8 +112,10 @@ def test_an_encoder_is_told_by_what_its_name_leaves_open(tmp_path: Path) -> None
     (tmp_path / "two" / "model.safetensors").write_bytes(b"one")
     assert two.identity == one.identity
     assert EncoderSpec.from_config(config("encoder", "minilm")).identity == "minilm"
+    pinned = EncoderSpec("minilm", "local", str(tmp_path), sha256="1" * 64)  # another model of that name
+    assert pinned.identity == f"minilm:{'1' * 16}"
     hub = EncoderSpec.from_config(config("encoder", "mpnet"))
-    assert hub.identity == f"mpnet@{hub.revision}" and len(str(hub.revision)) == 40
+    assert hub.identity == f"mpnet@{hub.location}@{hub.revision}" and len(str(hub.revision)) == 40
     with pytest.raises(SamError, match="has no model.safetensors"):
         assert EncoderSpec("local", "local", str(tmp_path)).identity
 

@@ -187,6 +187,8 @@ def test_what_is_swept_comes_first_in_a_long_name(monkeypatch: pytest.MonkeyPatc
         ("dataset=wnut17", ("dataset=wnut17", "target=custom")),
         ("target=wnut17", ("target=wnut17", "'+target.sets.mine={kind: corpus, dataset: wnut17")),
         ("~merge", ("~merge", "needs merge")),
+        ("~k", ("~k", "needs k")),
+        ("~trainer.devices", ("needs trainer.devices",)),
     ],
 )
 def test_an_unknown_option_is_one_line(argument: str, named: tuple[str, ...]) -> None:
@@ -199,6 +201,7 @@ def test_known_options_pass() -> None:
     launch.check_overrides(["-m", "merge=ties,dare", "target=[mini,mit_movie]", "k=1,2", "--help", "--cfg", "job"])
     launch.check_overrides(["merge.density=0.5", "selector=sam", "sweep=merge", "base=local", "base.location=merge=x"])
     launch.check_overrides(["+target.sets.mine={kind: mini, dataset: ai}", "hydra.run.dir=x", "+experiment=main_table"])
+    launch.check_overrides(["hydra/job_logging=disabled", "hydra/launcher=joblib"])
     launch.check_overrides(["train.lr=1e-3", "target.types=[a]", "logger.tags=[a]", "~target.sets.x", "cache=x"])
 
 

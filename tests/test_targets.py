@@ -225,6 +225,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     [
         ({"dataset": "wnut17"}, "target.sets.x.kind=None is unknown; allowed: mini, corpus, files"),
         ("wnut17", "target.sets.x.kind=wnut17 is unknown"),
+        ({"kind": ["mini"]}, "target.sets.x.kind=['mini'] is unknown"),
         ({"kind": "mini"}, "target.sets.x.dataset is missing; kind: mini needs dataset"),
         ({"kind": "corpus", "dataset": "wnut17", "split": "dev"}, "target.sets.x.unlabelled is missing; kind: corpus"),
     ],
@@ -233,6 +234,11 @@ def test_an_incomplete_set_is_refused(part: Any, message: str) -> None:
     with pytest.raises(SamError) as error:
         load_targets(config({"x": part}))
     assert one_line(error).startswith(message)
+
+
+def test_sets_are_a_mapping() -> None:
+    with pytest.raises(SamError, match=r"target.sets=\['a'\] must be a mapping"):
+        load_targets({**config({}), "sets": ["a"]})
 
 
 def test_types_that_the_gold_has_not_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

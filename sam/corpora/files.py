@@ -66,9 +66,9 @@ def _kind(path: Path, lines: list[str]) -> str:
     if suffix in (".jsonl", *COLUMNS):
         return "jsonl" if suffix == ".jsonl" else "columns"
     head = [line for line in lines if line.strip()][:SNIFFED_LINES]
-    if head and all(line.startswith("{") and line.rstrip().endswith("}") for line in head):
+    if head and all(line.strip().startswith("{") and line.strip().endswith("}") for line in head):
         return "jsonl"
-    if suffix == ".json":
+    if head and suffix == ".json":
         raise SamError(f"{path}: not JSON lines; put each sentence's object on a line of its own (.jsonl)")
     if head and all(len(cells := _cells(line)) > 1 and TAG.fullmatch(cells[-1]) for line in head):
         return "columns"

@@ -153,9 +153,9 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
     if done is not None:
         say(f"already done: {folder / RESULT}")
         return float(done["overall"]["f1"] if done["overall"] else "nan")
+    # An older result of another config must not pass for this one's while it runs, or if it is killed.
+    write_status(folder, "running", overrides)
     with tracked(config, folder, group, name=" ".join(overrides) or "run") as run:
-        # An older result of another config must not pass for this one's while it runs, or if it is killed.
-        write_status(folder, "running", overrides)
         (folder / RESULT).unlink(missing_ok=True)
         result, rows = run_targets(config, planned)
         result = {**head(config, digest, overrides, planned), **result}

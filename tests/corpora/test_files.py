@@ -95,7 +95,7 @@ def test_mistakes_are_named(tmp_path: Path, name: str, text: str | bytes, messag
 
 
 def test_json_that_is_a_sentence_a_line_is_read(tmp_path: Path) -> None:
-    assert read_file(write(tmp_path, "a.json", '{"text": "Ada"}\n{"text": "Bonn"}\n'))[1].text == "Bonn"
+    assert read_file(write(tmp_path, "a.json", ' {"text": "Ada"}\n{"text": "Bonn"}\n'))[1].text == "Bonn"
 
 
 def test_keys_that_are_not_read_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

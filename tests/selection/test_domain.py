@@ -28,7 +28,7 @@ class PlaneEncoder(Encoder):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def pool_of(folder: Path, centroids: dict[str, tuple[float, float]], encoder: str = "plane") -> Pool:
+def pool_of(folder: Path, centroids: dict[str, tuple[float, float]], encoder: str = f"plane:{16 * '0'}") -> Pool:
     for name, centroid in centroids.items():
         (folder / name).mkdir(parents=True)
         make_card(name, "f", encoder=encoder, centroid=centroid).write(folder / name)
@@ -69,7 +69,7 @@ def test_a_centroid_of_another_encoder_is_refused(tmp_path: Path) -> None:
     message = one_line(error)
     assert "'a'" in message
     assert "encoder=minilm" in message
-    assert "not mpnet;" in message
+    assert "not mpnet:0000000000000000;" in message
 
 
 def test_a_target_without_text_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam.encoder import Encoder, EncoderSpec
+from sam.encoder import SHIPPED, Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.ner import Mention, Pair, Prediction, Sentence
@@ -34,7 +34,7 @@ class FixedEncoder(Encoder):
     """Every text lies nearest to dog, then cat, bee, ant."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256="0" * 64))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
 
     def embed(self, texts: Sequence[str]) -> Any:
         return np.array([[0.1, 0.2, 0.3, 0.4]] * len(texts)) / np.sqrt(0.3)
@@ -44,7 +44,7 @@ class Unused(Encoder):
     """Fails if it is looked at."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256="0" * 64))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
 
     def embed(self, texts: Sequence[str]) -> Any:
         raise AssertionError("this selector has no use for the encoder")
