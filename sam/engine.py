@@ -90,10 +90,9 @@ class Engine:
         merge: MergeSpec,
         types: Sequence[str],
         texts: Sequence[str],
-        progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """What the merge of ``experts`` finds in each text; ``progress`` is called with numbers of texts done."""
-        return self.predict_all(experts, merge, [(tuple(types), text) for text in texts], progress)
+        """What the merge of ``experts`` finds in each text."""
+        return self.predict_all(experts, merge, [(tuple(types), text) for text in texts])
 
     def predict_all(
         self,
@@ -102,7 +101,10 @@ class Engine:
         asked: Sequence[tuple[tuple[str, ...], str]],
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """As :meth:`predict`, for (types, text) that may differ in their types."""
+        """As :meth:`predict`, for (types, text) that may differ in their types.
+
+        ``progress`` is called with numbers of texts done.
+        """
         key, canonical = self.key(experts, merge), self._decoding()
         shown = [prompts.render(types, text) for types, text in asked]
         names = [

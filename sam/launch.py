@@ -112,7 +112,7 @@ def check_overrides(argv: Sequence[str]) -> None:
     """Refuse what no config has, before Hydra composes anything.
 
     Raises SamError for an unknown option of a group, an unknown key (which Hydra would add after a plus sign, to no
-    effect), and a group that is taken away.
+    effect), and one that is taken away.
     """
     for argument in argv:
         name, equals, value = argument.lstrip("+~").partition("=")
@@ -127,7 +127,7 @@ def check_overrides(argv: Sequence[str]) -> None:
         if key and group in groups() and group != "experiment":
             _check_known(key.split(".")[0], f"{group}.", keys(group))
         if argument.startswith("~") and not name.startswith("target.sets."):
-            raise SamError(f"{argument}: every run needs {name.partition('=')[0]}; give it another value")
+            raise SamError(f"{argument}: every run needs {name}; give it another value")
         if name in groups():
             for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
                 if re.fullmatch(r"[\w-]+", choice):

@@ -263,7 +263,8 @@ def test_what_cannot_change_an_answer_does_not_hinder_reuse(engine: MakeEngine, 
 def test_a_text_that_comes_twice_is_decoded_once(engine: MakeEngine) -> None:
     one = engine()
     done: list[int] = []
-    found = one.predict(["news"], SINGLE, TYPES, [TEXTS[0], TEXTS[1], TEXTS[0]], done.append)
+    asked = [(TYPES, text) for text in (TEXTS[0], TEXTS[1], TEXTS[0])]
+    found = one.predict_all(["news"], SINGLE, asked, done.append)
     assert found[0] == found[2] == engine().predict(["news"], SINGLE, TYPES, TEXTS[:1])[0]
     assert counts(one) == {"decoded": 2, "reused": 1}
     assert sum(done) == 3
@@ -273,7 +274,7 @@ def test_progress_counts_every_text_once(engine: MakeEngine, store: AnswerStore)
     one = engine(store)
     one.predict(["news"], SINGLE, TYPES, TEXTS[:1])
     done: list[int] = []
-    one.predict(["news"], SINGLE, TYPES, TEXTS, done.append)
+    one.predict_all(["news"], SINGLE, [(TYPES, text) for text in TEXTS], done.append)
     assert sum(done) == len(TEXTS)
     assert one.predict(["news"], SINGLE, TYPES, []) == []
 
@@ -306,7 +307,7 @@ def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> No
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:
-        one.predict(["news"], SINGLE, TYPES, TEXTS, stops)
+        one.predict_all(["news"], SINGLE, [(TYPES, text) for text in TEXTS], stops)
     # The traceback, which is alive here, holds the frames of the run.
     assert kept.tb is not None
     assert one.base.model.config._attn_implementation == before
@@ -331,7 +332,7 @@ def test_an_answer_is_kept_before_the_next_one_is_awaited(
             assert len(store.get(kept)) == len(kept) == len(found) + 1
             found.append(done)
 
-    engine(store).predict(["news"], SINGLE, TYPES, [f"text number {i}" for i in range(8)], seen)
+    engine(store).predict_all(["news"], SINGLE, [(TYPES, f"text number {i}") for i in range(8)], seen)
     assert len(found) == 8
 
 

@@ -82,7 +82,7 @@ def _from_text(path: Path, lines: list[str]) -> Iterator[Sentence]:
 
 def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
     index = 0
-    unread: Counter[str] = Counter()
+    unread: set[str] = set()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -93,7 +93,7 @@ def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
             raise SamError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(record, dict) or not isinstance(text := record.get("text"), str) or not text.strip():
             raise SamError(f'{where}: needs an object with a "text" that is not empty')
-        unread.update(key for key in record if key not in KEYS)
+        unread.update(record.keys() - KEYS)
         mentions = record.get("mentions")
         gold = None if mentions is None else _mentions(where, text, mentions)
         yield Sentence(str(record.get("id", f"{path.stem}/{index}")), text, gold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from sam.seeding import rng
@@ -23,7 +24,7 @@ class Ranking:
         places: dict[float, list[int]] = {}
         for place, name in enumerate(self.experts, start=1):
             places.setdefault(self.scores[name], []).append(place)
-        return {name: sum(places[self.scores[name]]) / len(places[self.scores[name]]) for name in self.experts}
+        return {name: fmean(places[self.scores[name]]) for name in self.experts}
 
     @classmethod
     def by(

@@ -97,8 +97,22 @@ def plan(config: Mapping[str, Any]) -> Plan:
     used = sorted({*names, *experts})
     pool.check(identity(base), prompts.PROMPT_VERSION, used)
     hashes = {name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used}
-    chosen = (selector, config["k"], config["sample_size"], config["seed"], config["combine"]["rule"])
-    return Plan(base, encoder, pool, names, experts, merge, decode, targets, hashes, *chosen)
+    return Plan(
+        base=base,
+        encoder=encoder,
+        pool=pool,
+        names=names,
+        experts=experts,
+        merge=merge,
+        decode=decode,
+        targets=targets,
+        hashes=hashes,
+        selector=selector,
+        k=config["k"],
+        sample_size=config["sample_size"],
+        seed=config["seed"],
+        rule=config["combine"]["rule"],
+    )
 
 
 def module_of(planned: Plan, target: Target, engine: Engine, encoder: Encoder) -> SamModule:
