@@ -150,11 +150,23 @@ class PackedWeights(MergedWeights):
         super()._restore()
 
 
+def packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
+    """``x -> x Wᵀ + b`` in the dtype of ``weight``, given as ``result``."""
+    # The number is the tokens to expect; other numbers give the same result.
+    dtype, laid = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    offset = None if bias is None else bias.to(dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid, offset, "none", [], "").to(result)
+
+    return forward
+
+
 @cache
 def packs(dtype: torch.dtype) -> bool:
     """Whether this torch, on this processor, has oneDNN's packed linear layers in ``dtype``."""
     try:
-        return bool(_packed(torch.ones(16, 16, dtype=dtype), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
+        return bool(packed(torch.ones(16, 16, dtype=dtype), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
     except (AttributeError, RuntimeError):
         return False
 
@@ -188,7 +200,7 @@ class _Together:
 def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.dtype) -> list[Linear]:
     """What computes each of the layers, which share their input."""
     offsets = [bias.detach() for bias in biases if bias is not None]
-    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
+    linear = packed(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
     if len(weights) == 1:
         return [linear]
     together = _Together(linear, [len(weight) for weight in weights])
@@ -197,7 +209,7 @@ def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.
 
 def _largest(weight: Tensor) -> Linear:
     """``x -> x Wᵀ``, multiplied in bf16; the results that may be the largest of their row again, in fp32."""
-    rough = _packed(weight.to(torch.bfloat16), None, torch.float32)
+    rough = packed(weight.to(torch.bfloat16), None, torch.float32)
     longest = weight.norm(dim=-1).max() / math.sqrt(weight.shape[-1])
 
     def forward(x: Tensor) -> Tensor:
@@ -213,17 +225,5 @@ def _largest(weight: Tensor) -> Linear:
         for rows, tokens in zip(row.split(PICKS), token.split(PICKS), strict=True):
             logits[rows, tokens] = (flat[rows] * weight[tokens]).sum(-1)
         return logits.view(*x.shape[:-1], len(weight))
-
-    return forward
-
-
-def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
-    """``x -> x Wᵀ + b`` in the dtype of ``weight``, given as ``result``."""
-    # The number is the tokens to expect; other numbers give the same result.
-    dtype, packed = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
-    offset = None if bias is None else bias.to(dtype)
-
-    def forward(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, offset, "none", [], "").to(result)
 
     return forward

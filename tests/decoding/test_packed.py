@@ -240,13 +240,13 @@ def test_a_half_precision_base_stays_so(tiny: Base, dtype: torch.dtype) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each weight that is packed from here on, in order."""
     rows: list[int] = []
-    real = packed._packed
+    real = packed.packed
 
     def counted(weight: Tensor, *rest: Any) -> packed.Linear:
         rows.append(len(weight))
         return real(weight, *rest)
 
-    monkeypatch.setattr(packed, "_packed", counted)
+    monkeypatch.setattr(packed, "packed", counted)
     return rows
 
 
@@ -260,7 +260,7 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(smollm: Ba
         weights.apply([])
         assert made[1:5] == [576 + 192 + 192, 576, 2 * 1536, 576]  # after the head
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
-            assert torch.equal(layer(x).float(), packed._packed(layer.weight.to(dtype), None, torch.float32)(x))
+            assert torch.equal(layer(x).float(), packed.packed(layer.weight.to(dtype), None, torch.float32)(x))
 
 
 @pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
