@@ -60,7 +60,7 @@ class Recipe:
     max_types: int = 16
     max_empty: float = 0.1
     detokenise: float = 0.3
-    answer: str = "by_type"
+    answer: str = "by_mention"
     max_length: int = 320
     heldout: int = 100
     seed: int = 0

@@ -57,8 +57,8 @@ class Frozen:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, copied: bool) -> None:
         self.dtype, self.out = weight.dtype, len(weight)
         if copied and weight.device.type == "cpu" and packs(weight.dtype):
-            self.forward: Linear = packed(weight, bias, weight.dtype)
-            self.backward: Linear = packed(weight.t().contiguous(), None, weight.dtype)
+            self.forward: Linear = packed(weight, bias, weight.dtype, steady=False)
+            self.backward: Linear = packed(weight.t().contiguous(), None, weight.dtype, steady=False)
         else:
             self.forward = partial(torch.nn.functional.linear, weight=weight, bias=bias)
             self.backward = partial(torch.matmul, other=weight)

@@ -215,15 +215,6 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
         assert f"a JSON object from {told}" in (tmp_path / "README.md").read_text()
 
 
-def test_experts_by_mention_belong_to_their_start(smollm: Base) -> None:
-    path = Path(compose()["experts"]["path"]).with_name("smollm2_135m_by_mention")
-    pool = Pool(path)
-    spec = BaseSpec.from_config({**compose()["base"], "fold": str(path / "start")})
-    pool.check(smollm.fingerprint, PROMPT_VERSION, ["start"])
-    pool.check(identity(spec), PROMPT_VERSION)
-    assert pool.names and {card.recipe["answer"] for card in pool.cards.values()} == {"by_mention"}
-
-
 def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
     """The common start on the bare model, all others on the model with it folded in; nothing is left over."""
     config = compose()
@@ -232,6 +223,7 @@ def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
     assert set(roles) == {*pool.names, "start", "unified", "unified_small"} and len(pool.names) == 6
     pool.check(smollm.fingerprint, PROMPT_VERSION, ["start"])
     pool.check(identity(spec), PROMPT_VERSION, [name for name in roles if name != "start"])
+    assert {card.form for card in pool.cards.values()} == {"by_mention"}
     assert {pool.cards[name].base_fold for name in roles if name != "start"} == {fold_hash(spec)}
     with pytest.raises(SamError, match="with an adapter folded in"):
         pool.check(smollm.fingerprint, PROMPT_VERSION)

@@ -298,7 +298,7 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
             for name, value in Recipe().to_dict().items()
             if name not in ("heldout", "answer")
         ),
-        recipe_hash(base, [["a", "b"]], Recipe(answer="by_mention"), "32-true"),
+        recipe_hash(base, [["a", "b"]], Recipe(answer="by_type"), "32-true"),
     ]
     assert len({plain, *others}) == len(others) + 1
     assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true") == plain
@@ -373,7 +373,7 @@ def test_scores_are_those_of_the_saved_adapter(
 
         layer = base.model.model.layers[0].mlp.up_proj
         asked.append(layer(torch.eye(layer.in_features)).T)
-        return [Answer(answer(next(s for s in sentences if s.text == t), types, "by_type"), False) for t in texts]
+        return [Answer(answer(next(s for s in sentences if s.text == t), types, "by_mention"), False) for t in texts]
 
     monkeypatch.setattr("sam.decoding.greedy.decode", perfect)
     scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, DecodeSpec(8, 2, "exact"))
