@@ -273,7 +273,7 @@ def test_negatives_are_foreign_types_without_gold(tiny: Base) -> None:
         ((text, answer),) = texts_of(tiny.tokenizer, renderer([SENTENCE], TYPES, epoch, foreign))
         assert set(TYPES) <= set(asked(text)) <= {*TYPES, *foreign}
         added[len(asked(text)) - len(TYPES)] += 1
-        assert answer == prompts.answer(SENTENCE, asked(text), "by_type") and not set(foreign) & {
+        assert answer == prompts.answer(SENTENCE, asked(text), "by_mention") and not set(foreign) & {
             t for t, _ in prompts.parse(answer).pairs
         }
     assert set(added) == {0, 1, 2, 3} and min(added.values()) > 30
