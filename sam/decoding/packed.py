@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sam.base import SIBLINGS, multiplies_bf16
+from sam.base import SIBLINGS, has_amx, multiplies_bf16
 from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
@@ -173,12 +173,6 @@ def packed(weight: Tensor, bias: Tensor | None, result: torch.dtype, *, steady: 
         return found.to(result).view(*x.shape[:-1], -1)
 
     return in_blocks if steady and dtype != torch.float32 and has_amx() else forward
-
-
-@cache
-def has_amx() -> bool:
-    """Whether the processor multiplies bf16 numbers in tiles (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @cache

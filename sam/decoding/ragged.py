@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from sam.base import has_amx
 from sam.errors import SamError
 
 NAME = "sam_ragged"
@@ -113,9 +114,12 @@ class Pass:
     ) -> Tensor:
         """Keep the new keys and values, and attend: query [heads, tokens, dim] -> [tokens, heads, dim].
 
-        All in the dtype of ``value``: rotated queries and keys may have gained precision that they came without.
+        All in the dtype of ``value``: rotated queries and keys may have gained precision that they came without. Where
+        small products of bf16 depend on what is beside them, in fp32.
         """
-        count = len(self.rows)
+        count, dtype = len(self.rows), value.dtype
+        if dtype != torch.float32 and value.device.type == "cpu" and has_amx():
+            value = value.float()
         key, value = key[:, :count].transpose(0, 1), value[:, :count].transpose(0, 1)
         keys, values = self.cache.layer(layer, key, value)
         keys[self.rows, :, :, self.slots] = key.to(keys.dtype)
@@ -131,7 +135,7 @@ class Pass:
             own = (keys[group.rows, ..., : group.slots], values[group.rows, :, : group.slots])
             out = self._mix(group, group.asked.flatten(2, 3), own, window, cap)
             found[group.tokens] = out.unflatten(2, (-1, group.width))[group.row, :, :, group.at]
-        return found.flatten(1, 2)
+        return found.flatten(1, 2).to(dtype)
 
     def _mix(
         self, group: _Group, asked: Tensor, own: tuple[Tensor, Tensor], window: int | None, cap: float | None
