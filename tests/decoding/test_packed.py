@@ -171,6 +171,20 @@ def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mod
                 assert torch.equal(layer(x[:size]), whole[:size]), (name, size)
 
 
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="torch has no oneDNN in bf16")
+@pytest.mark.parametrize("shape", [(1, 2), (3, 1), (1, 64), (5, 13), (2, 97)])
+def test_in_blocks_a_product_is_the_product(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    """As it is computed where few rows are summed up in another order than many."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 32).bfloat16(), torch.randn(48), torch.randn(*shape, 32)
+    plain = packed.packed(weight, bias, torch.float32, steady=False)(x)
+    monkeypatch.setattr(packed, "has_amx", lambda: True)
+    blocks = packed.packed(weight, bias, torch.float32)
+    assert blocks(x).shape == plain.shape and torch.allclose(blocks(x), plain, atol=0.1)
+    more = torch.cat([x.flatten(0, 1), torch.randn(150, 32)])
+    assert torch.equal(blocks(more)[: x[..., 0].numel()], blocks(x).flatten(0, 1))
+
+
 class Three(nn.Module):
     """Layers of one input, of different sizes, as in a decoder's attention; the head is another."""
 

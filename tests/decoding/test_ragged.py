@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -126,6 +128,24 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
         shared = set(found[0]) & set(other)
         assert len(shared) > 30
         assert all(torch.equal(found[0][place], other[place]) for place in shared)
+
+
+def test_attention_in_fp32_between_layers_in_bf16(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is computed where small products in bf16 depend on their company."""
+    monkeypatch.setattr(ragged, "has_amx", lambda: True)
+    half = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model).to(torch.bfloat16))
+    kept: set[torch.dtype] = set()
+    layer = ragged.KeyValues.layer
+
+    def watched(self: Any, index: int, key: torch.Tensor, value: torch.Tensor) -> Any:
+        found = layer(self, index, key, value)
+        kept.update(part.dtype for part in found)
+        return found
+
+    monkeypatch.setattr(ragged.KeyValues, "layer", watched)
+    alone = [decode(half, TYPES, [text], DecodeSpec(8, 1))[0] for text in TEXTS]
+    assert decode(half, TYPES, TEXTS, DecodeSpec(8, 3)) == alone
+    assert kept == {torch.float32}
 
 
 def test_attention_is_given_back(tiny: Base) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 from sam.base import Base
 from sam.experts import ExpertModule, Recipe
 from sam.experts.lean import ATTENTION, groups, lean, page_out
-from sam.experts.packing import Batch, Example, padded
+from sam.experts.packing import Batch, Example, additive, padded
 
 EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
 PREFIX = (1, 30, 31, 2)
@@ -161,6 +161,27 @@ def test_siblings_called_out_of_turn_on_other_inputs_and_twice() -> None:
     with lean(module.net, torch.float32):
         found = [getattr(block, name)(x) for name, x in calls]
     for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_attention_and_feed_forward_are_steps_of_their_own_where_their_layers_are_multiplied_together() -> None:
+    module = expert()
+    block = module.net.base_model.model.model.layers[0]
+    torch.manual_seed(3)
+    x, ids = torch.randn(2, 5, 64), torch.arange(5)[None]
+    angles = module.net.base_model.model.model.rotary_emb(x, ids)
+    allowed = torch.ones(1, 1, 5, 5).tril().bool()
+    parts = (block.self_attn, block.mlp)
+    expected = [block.self_attn(x, angles, allowed)[0], block.mlp(x)]
+    with lean(module.net, torch.float32):  # the weights need no cast, so are not put together
+        assert not any("forward" in vars(part) for part in parts)
+    for part in block.modules():
+        if hasattr(part, "base_layer"):
+            part.base_layer.weight.data = part.base_layer.weight.data.double()
+    with lean(module.net, torch.float32):
+        assert all("forward" in vars(part) for part in parts)
+        found = [block.self_attn(x, angles, additive(allowed))[0], block.mlp(x), block.self_attn(x, angles, None)[0]]
+    for a, b in zip(found, [*expected, expected[0]], strict=True):  # no mask: causal, left to transformers
         assert torch.allclose(a, b, atol=1e-5)
 
 
