@@ -296,7 +296,7 @@ def multiplies_bf16() -> bool:
 
 @cache
 def has_amx() -> bool:
-    """Whether the processor multiplies bf16 in tiles: fast, but in another order of summation for few rows than for many."""
+    """Whether the processor multiplies bf16 in tiles: it sums up in another order for few rows than for many."""
     import torch
 
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -2,9 +2,10 @@
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
 plain layout. ``fast`` multiplies in bf16 where the processor does so itself, and what lies between the products of one
-block stays in it, keys and values too; the sum over the layers stays in fp32, and so do the logits: the largest, which
-are all that free greedy decoding looks at, or all of them. Layers that read the same input (q, k, v; gate, up) are
-multiplied as one. Either way a token's result is the same to the bit whatever else is in the batch.
+block stays in it, keys and values too (but for attention with AMX); the sum over the layers stays in fp32, and so do
+the logits: the largest, which are all that free greedy decoding looks at, or all of them. Layers that read the same
+input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the same result to the bit
+whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -153,33 +154,11 @@ class PackedWeights(MergedWeights):
         super()._restore()
 
 
-def packed(weight: Tensor, bias: Tensor | None, result: torch.dtype, *, steady: bool = True) -> Linear:
-    """``x -> x Wᵀ + b`` in the dtype of ``weight``, given as ``result``; a row's result is the same to the bit whatever
-    the others are, unless ``steady`` is false."""
-    # The number is the tokens to expect; other numbers give the same result.
-    dtype, laid = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
-    offset = None if bias is None else bias.to(dtype)
-
-    def product(rows: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, laid, offset, "none", [], "")
-
-    def forward(x: Tensor) -> Tensor:
-        return product(x.to(dtype)).to(result)
-
-    def in_blocks(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-        found = torch.cat([product(block) for block in padded.split(ROWS)])[: len(rows)]
-        return found.to(result).view(*x.shape[:-1], -1)
-
-    return in_blocks if steady and dtype != torch.float32 and has_amx() else forward
-
-
 @cache
 def packs(dtype: torch.dtype) -> bool:
     """Whether this torch, on this processor, has oneDNN's packed linear layers in ``dtype``."""
     try:
-        return bool(packed(torch.ones(16, 16, dtype=dtype), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
+        return bool(_packed(torch.ones(16, 16, dtype=dtype), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
     except (AttributeError, RuntimeError):
         return False
 
@@ -213,7 +192,7 @@ class _Together:
 def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.dtype) -> list[Linear]:
     """What computes each of the layers, which share their input."""
     offsets = [bias.detach() for bias in biases if bias is not None]
-    linear = packed(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
+    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
     if len(weights) == 1:
         return [linear]
     together = _Together(linear, [len(weight) for weight in weights])
@@ -222,7 +201,7 @@ def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.
 
 def _largest(weight: Tensor) -> Linear:
     """``x -> x Wᵀ``, multiplied in bf16; the results that may be the largest of their row again, in fp32."""
-    rough = packed(weight.to(torch.bfloat16), None, torch.float32)
+    rough = _packed(weight.to(torch.bfloat16), None, torch.float32)
     longest = weight.norm(dim=-1).max() / math.sqrt(weight.shape[-1])
 
     def forward(x: Tensor) -> Tensor:
@@ -240,3 +219,25 @@ def _largest(weight: Tensor) -> Linear:
         return logits.view(*x.shape[:-1], len(weight))
 
     return forward
+
+
+def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
+    """``x -> x Wᵀ + b`` in the dtype of ``weight``, given as ``result``; a row's result is the same to the bit whatever
+    the others are."""
+    # The number is the tokens to expect; other numbers give the same result.
+    dtype, laid = weight.dtype, torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+    offset, width = None if bias is None else bias.to(dtype), len(weight)
+
+    def product(rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, laid, offset, "none", [], "")
+
+    def forward(x: Tensor) -> Tensor:
+        return product(x.to(dtype)).to(result)
+
+    def in_blocks(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+        found = torch.cat([product(block) for block in padded.split(ROWS)])[: len(rows)]
+        return found.to(result).view(*x.shape[:-1], width)
+
+    return in_blocks if dtype != torch.float32 and has_amx() else forward

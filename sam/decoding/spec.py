@@ -45,6 +45,7 @@ class DecodeSpec:
         import torch
         import transformers
 
+        from sam.base import has_amx
         from sam.decoding.packed import halves
 
         versions = [torch.__version__.split("+")[0], transformers.__version__]
@@ -54,13 +55,15 @@ class DecodeSpec:
         batch = {} if dtype == "float32" and kind == "cpu" else {"batch_size": self.batch_size}
         language = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
         half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and halves()
+        products = "bfloat16 products" if half else dtype
+        blocks = " in blocks" if kind == "cpu" and products != "float32" and has_amx() else ""
         return {
             **batch,
             **language,
             "method": "greedy",
             "decoder": DECODER_VERSION,
             "max_new_tokens": self.max_new_tokens,
-            "dtype": "bfloat16 products" if half else dtype,
+            "dtype": products + blocks,
             "device": kind,
             "versions": versions,
         }

@@ -143,8 +143,10 @@ def test_attention_in_fp32_between_layers_in_bf16(tiny: Base, monkeypatch: pytes
         return found
 
     monkeypatch.setattr(ragged.KeyValues, "layer", watched)
-    alone = [decode(half, TYPES, [text], DecodeSpec(8, 1))[0] for text in TEXTS]
-    assert decode(half, TYPES, TEXTS, DecodeSpec(8, 3)) == alone
+    with PackedWeights(half.model, "exact", all_logits=False) as weights:
+        weights.apply([])
+        alone = [decode(half, TYPES, [text], DecodeSpec(8, 1))[0] for text in TEXTS]
+        assert decode(half, TYPES, TEXTS, DecodeSpec(8, 3)) == alone
     assert kept == {torch.float32}
 
 
