@@ -193,7 +193,8 @@ def lean(net: Any, dtype: torch.dtype) -> Iterator[None]:
             if len(layers) > 1:
                 together[layers[0]] = group
         for module in net.modules():
-            kind, way = type(module).__name__, None
+            kind = type(module).__name__
+            way: partial[Any] | None = None
             if kind in NORMS:
                 way = partial(_norm, module, dtype)
             elif kind in ATTENTIONS and short and module.q_proj in together:

@@ -105,7 +105,7 @@ class Attention(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        out, kept = _attention(*(t.to(dtype) for t in (q, k, v)), mask, scale)
+        out, kept = _attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, scale)
         ctx.save_for_backward(*kept)
         ctx.scale = scale
         return out
