@@ -28,7 +28,8 @@ from sam.results import write_json, write_text
 
 PAIRS = (
     *(("all", "mean"), ("random", "domain"), ("random", "sampling"), ("random", "all"), ("oracle", "random")),
-    *(("sam", "domain"), ("sam", "sampling"), ("sam", "random"), ("sam", "random_pair"), ("sam", "each")),
+    *(("sam", "unified_small"), ("sam", "domain"), ("sam", "sampling"), ("sam", "random"), ("sam", "random_pair")),
+    ("sam", "each"),
     *(("random_pair", "random"), ("random_pair", "each"), ("all_each, vote", "sam")),
 )
 """Kinds of rows whose differences say what merging, the selection and the union are worth."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench.harness import Contestant, Figures, Options, Report, compete, joined, measured
+from experiments.bench.harness import Case, Contestant, Figures, Options, Report, compete, joined, measured
 from sam import grammar, prompts
 from sam.base import Base, BaseSpec, load
 from sam.decoding import DecodeSpec
@@ -33,6 +33,8 @@ DTYPES = ("float32", "bfloat16")
 SIZES = (8, 16, 32, 64)
 
 SCOUTED = 64
+HOPELESS = 0.5
+"""A dtype of this share of the other's best speed is not tried in more sizes."""
 RATE = "sentences_per_s"
 
 Parts = Sequence[tuple[str, str]]
@@ -41,7 +43,7 @@ Asked = tuple[tuple[str, ...], Sentence]
 
 
 def run(options: Options) -> Report:
-    """A scouting case with every setting of the peer, then each of our modes against the best setting it has to meet.
+    """A scouting case with the settings of the peer, then each of our modes against the best setting it has to meet.
 
     ``exact`` meets fp32 ``generate`` at its best batch size, ``fast`` the best of all settings; ``constrained``, which
     asks for another answer, has ``fast`` beside it.
@@ -59,16 +61,24 @@ def run(options: Options) -> Report:
     models = _copies(base, modules)
     few = parts[:: max(1, len(parts) // (8 if options.quick else SCOUTED))]
     sizes = SIZES[1:2] if options.quick else SIZES
-    settings = {f"generate {dtype} batch {size}": (dtype, size) for dtype in DTYPES for size in sizes}
-    scouts = [
-        Contestant(name, _rated(_peer(base, models[dtype], few, size), len(few)))
-        for name, (dtype, size) in settings.items()
-    ]
-    scouting = compete(scouts, 1, RATE, True, case=f"scouting, {len(few)} sentences")
-    (case,) = scouting.cases
-    ranked = sorted(settings, key=lambda name: -case.medians(name)[RATE])
+    settings = {_name(dtype, size): (dtype, size) for dtype in DTYPES for size in sizes}
+
+    def scout(names: Sequence[str]) -> dict[str, list[Figures]]:
+        works = {name: _peer(base, models[settings[name][0]], few, settings[name][1]) for name in names}
+        scouts = [Contestant(name, _rated(work, len(few))) for name, work in works.items()]
+        return dict(compete(scouts, 1, RATE, True).cases[0].rounds)
+
+    tried: dict[str, list[Figures]] = {}
+    for dtype in DTYPES:  # where a dtype is far behind at the other's best size, its other sizes are not tried
+        first = settings[max(tried, key=lambda n: tried[n][0][RATE])][1] if tried else sizes[0]
+        fastest = max((tried[n][0][RATE] for n in tried), default=0.0)
+        tried |= scout([_name(dtype, first)])
+        if tried[_name(dtype, first)][0][RATE] >= HOPELESS * fastest:
+            tried |= scout([_name(dtype, size) for size in sizes if size != first])
+    case = Case(f"scouting, {len(few)} sentences", RATE, True, tried, None)
+    ranked = sorted(tried, key=lambda name: -case.medians(name)[RATE])
     best = {"exact": next(name for name in ranked if settings[name][0] == "float32"), "fast": ranked[0]}
-    reports = [scouting]
+    reports = [Report((case,))]
     for mode, name in best.items():
         dtype, size = settings[name]
         peer = _keeping(_peer(base, models[dtype], parts, size), answers, name)
@@ -87,6 +97,10 @@ def run(options: Options) -> Report:
     ]
     reports.append(compete(held, options.rounds, RATE, True, case=f"constrained, {len(parts)} sentences"))
     return joined(reports, {"sentences": source, **agreement(answers, asked)})
+
+
+def _name(dtype: str, size: int) -> str:
+    return f"generate {dtype} batch {size}"
 
 
 def sample(count: int) -> tuple[list[Asked], str]:

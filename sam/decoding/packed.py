@@ -1,11 +1,16 @@
 """Linear layers in the form that the processor multiplies fastest, for the time of decoding.
 
 ``exact`` lays the weights out for oneDNN in the model's own precision: fp32 then runs up to twice as fast as in the
-plain layout. ``fast`` multiplies in bf16 where the processor does so itself, and what lies between the products of one
-block stays in it, keys and values too (but for attention with AMX); the sum over the layers stays in fp32, and so do
-the logits: the largest, which are all that free greedy decoding looks at, or all of them. Layers that read the same
-input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the same result to the bit
-whatever else is in the batch.
+plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`products` says:
+
+- in bf16 where the processor does so itself, and what lies between the products of one block stays in it, keys and
+  values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
+  which are all that free greedy decoding looks at, or all of them;
+- elsewhere in int8, all layers but the output's: a scale a token and a scale an output, in the manner of LLM.int8()
+  (Dettmers et al. 2022, arXiv 2208.07339) without its outliers. All that is not a product stays in fp32.
+
+Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
+same result to the bit whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -34,6 +39,10 @@ ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
 PICKS = 4096  # logits that are computed in fp32 at a time
+TINY = 1e-30  # the largest number of a row of zeros
+TOKEN, WEIGHT = 127, 63
+"""The largest int8 value of a token and of a weight. A weight has seven bits: without VNNI a processor adds two
+products in 16 bits, which 255 times 63 twice just fits (a token's values are shifted by 128 to have no sign)."""
 
 
 class PackedWeights(MergedWeights):
@@ -48,7 +57,7 @@ class PackedWeights(MergedWeights):
         super().__init__(model)
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._head = cast(Any, model).get_output_embeddings()
-        self._half = mode == "fast" and halves()
+        self._products = products(mode, "float32", "cpu" if self._on_cpu else "other")  # of its fp32 layers
         self._all_logits = all_logits
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
         # Teams that no expert touches, packed once, by what their results are.
@@ -116,7 +125,13 @@ class PackedWeights(MergedWeights):
     def _dtype(self, module: nn.Module) -> torch.dtype:
         """What its weight is multiplied in."""
         dtype = cast(Tensor, module.weight).dtype
-        return torch.bfloat16 if self._half and module is not self._head and dtype == torch.float32 else dtype
+        half = self._products.startswith("bfloat16") and module is not self._head
+        return torch.bfloat16 if half and dtype == torch.float32 else dtype
+
+    def _in_int8(self, module: nn.Module) -> bool:
+        """Whether it is multiplied in int8."""
+        fits = module is not self._head and cast(Tensor, module.weight).dtype == torch.float32
+        return fits and self._products.startswith("int8")
 
     def _pack(self, team: tuple[nn.Module, ...]) -> None:
         """Let the layers of ``team`` work with their merged weights, or their own where no expert touches them."""
@@ -134,7 +149,7 @@ class PackedWeights(MergedWeights):
             if lead is self._head and self._short(weights[0], biases[0]):
                 forwards = [_largest(weights[0])]
             else:
-                forwards = _forwards(weights, biases, result)
+                forwards = _forwards(weights, biases, result, _packed_int8 if self._in_int8(lead) else _packed)
             if untouched:
                 self._unmerged[team, result] = forwards
         for layer, forward in zip(team, forwards, strict=True):
@@ -144,7 +159,7 @@ class PackedWeights(MergedWeights):
     def _short(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether only the largest results of the output layer need be fp32, and can be."""
         fits = bias is None and weight.dtype == torch.float32 and len(weight) % RANGE == 0
-        return self._half and not self._all_logits and fits
+        return self._products.startswith("bfloat16") and not self._all_logits and fits
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -163,9 +178,29 @@ def packs(dtype: torch.dtype) -> bool:
         return False
 
 
-def halves() -> bool:
-    """Whether ``fast`` multiplies fp32 layers in bf16 on this machine's CPU."""
-    return packs(torch.float32) and packs(torch.bfloat16) and multiplies_bf16()
+@cache
+def packs_int8() -> bool:
+    """As :func:`packs`, for the int8 layers of an x86 processor."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    try:
+        return bool(_packed_int8(torch.ones(16, 16), None, torch.float32)(torch.ones(1, 16)).sum().round() == 256)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def products(mode: str, dtype: str, device: str) -> str:
+    """What the linear layers of a model in ``dtype`` are multiplied in: of all that decides a token's rounding, what
+    hangs on the processor. ``device``: its kind, as ``cpu``."""
+    if device != "cpu":
+        return dtype
+    found = dtype
+    if mode == "fast" and dtype == "float32" and packs(torch.float32):
+        if packs(torch.bfloat16) and multiplies_bf16():
+            found = "bfloat16 products"
+        elif packs_int8():
+            found = "int8 products"
+    return f"{found} in blocks" if found.startswith(("bfloat16", "float16")) and has_amx() else found
 
 
 class _Together:
@@ -189,10 +224,12 @@ class _Together:
         return found
 
 
-def _forwards(weights: list[Tensor], biases: list[Tensor | None], result: torch.dtype) -> list[Linear]:
+def _forwards(
+    weights: list[Tensor], biases: list[Tensor | None], result: torch.dtype, pack: Callable[..., Linear]
+) -> list[Linear]:
     """What computes each of the layers, which share their input."""
     offsets = [bias.detach() for bias in biases if bias is not None]
-    linear = _packed(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
+    linear = pack(torch.cat(weights), torch.cat(offsets) if offsets else None, result)
     if len(weights) == 1:
         return [linear]
     together = _Together(linear, [len(weight) for weight in weights])
@@ -241,3 +278,25 @@ def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
         return found.to(result).view(*x.shape[:-1], width)
 
     return in_blocks if dtype != torch.float32 and has_amx() else forward
+
+
+def _packed_int8(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
+    """As :func:`_packed`, of weights and tokens rounded to int8: the sums of their products are exact, in any order."""
+    width, inputs = weight.shape
+    scale = weight.abs().amax(1).clamp_min(TINY) / WEIGHT
+    laid = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round_().to(torch.int8), [256, inputs])
+    zeros = torch.zeros(width, dtype=torch.int32)
+    middle = torch.tensor(128.5)  # what is cut off above it is rounded
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, inputs).float()
+        step = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_min_(TINY).div_(TOKEN)
+        tokens = torch.addcdiv(middle, rows, step).to(torch.uint8)
+        found = torch.ops.onednn.qlinear_pointwise(
+            tokens, 1.0, 128, laid, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        ).mul_(step)
+        if bias is not None:
+            found += bias
+        return found.to(result).view(*x.shape[:-1], width)
+
+    return forward

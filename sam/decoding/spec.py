@@ -20,7 +20,7 @@ DECODER_VERSION = 5
 class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect).
 
-    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` in bf16 where a CPU does so itself.
+    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` on a CPU in bf16 or int8.
     ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language.
     """
 
@@ -45,8 +45,7 @@ class DecodeSpec:
         import torch
         import transformers
 
-        from sam.base import has_amx
-        from sam.decoding.packed import halves
+        from sam.decoding.packed import products
 
         versions = [torch.__version__.split("+")[0], transformers.__version__]
         # On a GPU, or with a model in half precision, rounding depends on what else is in a batch, and can change the
@@ -54,16 +53,13 @@ class DecodeSpec:
         kind = torch.device(device).type
         batch = {} if dtype == "float32" and kind == "cpu" else {"batch_size": self.batch_size}
         language = {"constrained": GRAMMAR_VERSION} if self.constrained else {}
-        half = self.mode == "fast" and kind == "cpu" and dtype == "float32" and halves()
-        products = "bfloat16 products" if half else dtype
-        blocks = " in blocks" if kind == "cpu" and products != "float32" and has_amx() else ""
         return {
             **batch,
             **language,
             "method": "greedy",
             "decoder": DECODER_VERSION,
             "max_new_tokens": self.max_new_tokens,
-            "dtype": products + blocks,
+            "dtype": products(self.mode, dtype, kind),
             "device": kind,
             "versions": versions,
         }

@@ -20,13 +20,28 @@ def test_spec_from_config() -> None:
             DecodeSpec.from_config(bad)
 
 
-def test_canonical_decoding_tells_modes_apart_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("halves", "int8", "expected"),
+    [(True, True, "bfloat16 products"), (False, True, "int8 products"), (False, False, "float32")],
+)
+def test_canonical_decoding_tells_modes_apart_where_they_differ(
+    monkeypatch: pytest.MonkeyPatch, halves: bool, int8: bool, expected: str
+) -> None:
     fast, exact = DecodeSpec(5, 2, "fast"), DecodeSpec(5, 2, "exact")
-    monkeypatch.setattr("sam.decoding.packed.halves", lambda: True)
-    assert fast.canonical("float32", "cpu") != exact.canonical("float32", "cpu")
+    monkeypatch.setattr("sam.decoding.packed.packs", lambda dtype: True)
+    monkeypatch.setattr("sam.decoding.packed.multiplies_bf16", lambda: halves)
+    monkeypatch.setattr("sam.decoding.packed.packs_int8", lambda: int8)
+    monkeypatch.setattr("sam.decoding.packed.has_amx", lambda: False)
+    assert fast.canonical("float32", "cpu")["dtype"] == expected
+    assert exact.canonical("float32", "cpu")["dtype"] == "float32"
     for dtype, device in (("bfloat16", "cpu"), ("float32", "cuda")):
         assert fast.canonical(dtype, device) == exact.canonical(dtype, device)
-    monkeypatch.setattr("sam.decoding.packed.halves", lambda: False)
+    monkeypatch.setattr("sam.decoding.packed.has_amx", lambda: True)
+    blocks = " in blocks" if halves else ""
+    assert fast.canonical("float32", "cpu")["dtype"] == expected + blocks
+    assert exact.canonical("bfloat16", "cpu")["dtype"] == "bfloat16 in blocks"
+    assert exact.canonical("float32", "cpu")["dtype"] == "float32"
+    monkeypatch.setattr("sam.decoding.packed.packs", lambda dtype: False)
     assert fast.canonical("float32", "cpu") == exact.canonical("float32", "cpu")
 
 

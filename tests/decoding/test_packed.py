@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,26 @@ import sam.decoding.packed as packed
 from sam.base import Base
 from sam.decoding import DecodeSpec
 from sam.decoding.greedy import decode
-from sam.decoding.packed import PackedWeights, halves, packs
+from sam.decoding.packed import PackedWeights, packs, packs_int8, products
 from sam.errors import SamError
 from sam.merging import merged
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+FAST = products("fast", "float32", "cpu")
+in_bf16 = pytest.mark.skipif(not FAST.startswith("bfloat16"), reason="the processor does not multiply bf16")
+in_int8 = pytest.mark.skipif(not packs_int8(), reason="torch has no int8 layers for this processor")
+
+
+@pytest.fixture(params=["bfloat16 products", "int8 products"])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``fast``, in each of the two ways that this machine has."""
+    name: str = request.param
+    if not (FAST.startswith(name) if name.startswith("bfloat16") else packs_int8()):
+        pytest.skip(f"no {name} on this machine")
+    if not FAST.startswith(name):
+        monkeypatch.setattr(packed, "products", lambda mode, dtype, device: name if mode == "fast" else dtype)
+    return name
 
 
 def some_deltas() -> list[tuple[str, Tensor]]:
@@ -86,8 +100,7 @@ def test_an_error_in_the_stream_leaves_nothing_behind(tiny: Base) -> None:
     assert not replaced(tiny.model) and torch.equal(logits(tiny.model), plain)
 
 
-@pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
-def test_fast_is_close_and_keeps_a_small_head_exact(tiny: Base) -> None:
+def test_fast_is_close_and_keeps_a_small_head_exact(tiny: Base, fast: str) -> None:
     with merged(tiny.model, some_deltas()):
         expected = logits(tiny.model)
     with PackedWeights(tiny.model, "fast", all_logits=False) as weights:
@@ -99,9 +112,9 @@ def test_fast_is_close_and_keeps_a_small_head_exact(tiny: Base) -> None:
         layer = tiny.model.get_submodule(UP)
         exact = hidden @ (layer.weight + some_deltas()[1][1]).T
         difference = (layer(hidden) - exact).abs().max() / exact.abs().max()
-        assert 1e-5 < difference < 1e-2
+        assert 1e-5 < difference < (3e-2 if fast.startswith("int8") else 1e-2)
     assert found.dtype == torch.float32
-    assert 0 < (found - expected).norm() / expected.norm() < 0.05
+    assert 0 < (found - expected).norm() / expected.norm() < (0.15 if fast.startswith("int8") else 0.05)
 
 
 class Headed(nn.Module):
@@ -125,7 +138,7 @@ def whole(model: Headed, x: Tensor) -> Tensor:
     return x @ model.head.weight.T
 
 
-@pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
+@in_bf16
 def test_the_largest_logits_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Headed(512), torch.randn(4, 25, 48, generator=torch.Generator().manual_seed(1))
     expected = model.head(x)
@@ -159,8 +172,15 @@ def test_the_largest_logits_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(odd.head(x), x @ odd.head.weight.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mode: str) -> None:
+def test_fast_gives_a_token_the_same_bits_in_any_company(smollm: Base, fast: str) -> None:
+    check_company(smollm, "fast")
+
+
+def test_exact_gives_a_token_the_same_bits_in_any_company(smollm: Base) -> None:
+    check_company(smollm, "exact")
+
+
+def check_company(smollm: Base, mode: str) -> None:
     with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
         for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj"):
@@ -169,6 +189,28 @@ def test_a_tokens_result_is_the_same_to_the_bit_in_any_company(smollm: Base, mod
             whole = layer(x)
             for size in (2, 3, 16, 64, 208):  # the engine never asks for one token alone
                 assert torch.equal(layer(x[:size]), whole[:size]), (name, size)
+
+
+@in_int8
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_rounds_weights_to_seven_bits_and_tokens_to_eight(bias: bool) -> None:
+    """At the ends of the range too, where a processor without VNNI would cut sums off; of rows of zeros zeros."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 1536, generator=generator), torch.randn(2, 5, 1536, generator=generator)
+    weight[0], weight[1], weight[2], x[0, 0], x[0, 1], x[0, 2] = 3.0, -3.0, 0.0, 5.0, -5.0, 0.0
+    offset = torch.randn(48, generator=generator) if bias else None
+    steps = weight.abs().amax(1, keepdim=True).double().clamp_min(1e-30) / 63
+    scales = x.abs().amax(-1, keepdim=True).double().clamp_min(1e-30) / 127
+    rounded = ((x / scales).round() * scales) @ ((weight / steps).round() * steps).T
+    expected = rounded + (offset.double() if bias else 0)
+    found = packed._packed_int8(weight, offset, torch.float32)(x)
+    assert found.shape == (2, 5, 48) and found.dtype == torch.float32
+    # a value half way between two steps may be rounded to either
+    assert (found - expected).abs().max() < 2 * (scales.max() * weight.abs().max() + 1e-4)
+    assert (found - expected).abs().median() < 1e-4
+    assert torch.equal(found[0, 2], offset if bias else torch.zeros(48))
+    assert torch.allclose(found[0, :2, :2].double(), expected[0, :2, :2], rtol=1e-5)
+    assert packed._packed_int8(weight, offset, torch.float32)(x[:, :0]).shape == (2, 0, 48)
 
 
 @pytest.mark.skipif(not packs(torch.bfloat16), reason="torch has no oneDNN in bf16")
@@ -254,13 +296,16 @@ def test_a_half_precision_base_stays_so(tiny: Base, dtype: torch.dtype) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each weight that is packed from here on, in order."""
     rows: list[int] = []
-    real = packed._packed
 
-    def counted(weight: Tensor, *rest: Any) -> packed.Linear:
-        rows.append(len(weight))
-        return real(weight, *rest)
+    def counting(real: Callable[..., packed.Linear]) -> Callable[..., packed.Linear]:
+        def counted(weight: Tensor, *rest: Any) -> packed.Linear:
+            rows.append(len(weight))
+            return real(weight, *rest)
 
-    monkeypatch.setattr(packed, "_packed", counted)
+        return counted
+
+    for name in ("_packed", "_packed_int8"):
+        monkeypatch.setattr(packed, name, counting(getattr(packed, name)))
     return rows
 
 
@@ -268,13 +313,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(smollm: Base, mode: str, made: list[int]) -> None:
     attention = smollm.model.get_submodule("model.layers.3.self_attn")
-    dtype = torch.bfloat16 if mode == "fast" and halves() else torch.float32
+    kind = FAST if mode == "fast" else "float32"
+    dtype = torch.bfloat16 if kind.startswith("bfloat16") else torch.float32
+    pack = packed._packed_int8 if kind.startswith("int8") else packed._packed
     x = torch.randn(37, attention.q_proj.in_features)
     with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
         assert made[1:5] == [576 + 192 + 192, 576, 2 * 1536, 576]  # after the head
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
-            assert torch.equal(layer(x).float(), packed._packed(layer.weight.to(dtype), None, torch.float32)(x))
+            assert torch.equal(layer(x).float(), pack(layer.weight.to(dtype), None, torch.float32)(x))
 
 
 @pytest.mark.skipif(not packs(torch.float32), reason="torch has no oneDNN")
@@ -305,7 +352,7 @@ def test_few_merged_weights_wait_at_a_time(tiny: Base) -> None:
     assert len(waiting) >= 4 and max(waiting) == 2
 
 
-@pytest.mark.skipif(not halves(), reason="the processor does not multiply bf16")
+@in_bf16
 def test_results_stay_in_bf16_only_inside_a_block_that_is_packed_whole(tiny: Base) -> None:
     """What is not packed gets the model's own precision, so that it works with its own weights."""
     attention, mlp = (tiny.model.get_submodule(f"model.layers.0.{name}") for name in ("self_attn", "mlp"))
@@ -339,5 +386,5 @@ def test_a_layer_that_becomes_somebody_elses_leaves_its_team(tiny: Base, mode: s
     plain = logits(tiny.model)
     with taken(tiny.model.get_submodule(f"model.layers.{number}.{name}")), weights:
         weights.apply([])
-        assert (logits(tiny.model) - plain).norm() < (1e-4 if mode == "exact" else 0.05) * plain.norm()
+        assert (logits(tiny.model) - plain).norm() < (1e-4 if mode == "exact" else 0.15) * plain.norm()
         assert len(decode(tiny, ["person"], texts, spec)) == 2

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import bootstrap
+from experiments import bootstrap, pairs
 from experiments.collect import MEAN, load_jobs
 from experiments.comparison import Outcome, compare
-from experiments.main_table import latex, main, markdown, published, textless
+from experiments.main_table import latex, main, markdown, published, textless, write
 from sam.errors import SamError
+from sam.ner import Mention, Sentence
 from tests.tiny import one_line
 
 TEXT = "Ada met Bob in Bath."
@@ -293,3 +294,30 @@ def test_predictions_that_no_seed_changes_are_kept_once(sweep: Path, tmp_path: P
     assert kept["sam-0"] == kept["sam-1"] == "predictions/sam-0.jsonl.xz"
     assert all((tmp_path / "out" / path).is_file() for path in kept.values())
     assert len(list((tmp_path / "out" / "predictions").iterdir())) == len(set(kept.values())) < len(kept)
+
+
+def test_kept_predictions_say_of_a_pair_what_the_sweep_says(sweep: Path, tmp_path: Path) -> None:
+    """The sweep's folders are named as a sweep names them; text is not kept, nor needed but for gold."""
+    root = tmp_path / "named"
+    for job in load_jobs(sweep):
+        said = str(job.config["selector.name"]), str(job.config["combine.rule"]), job.config["seed"]
+        experts = next(iter(next(iter(job.targets.values()))["models"].values()))["experts"]
+        selector = experts[0] if said[0] == "named" else said[0]
+        rule = "" if said[1] == "union" else f",combine={said[1]}"
+        shutil.copytree(job.folder, root / f"seed={said[2]},selector={selector}{rule},logger=none")
+    expected = write(root, tmp_path / "out")
+    sentences = [Sentence(f"s/{i}", TEXT, tuple(Mention(a, b, kind) for kind, a, b in GOLD)) for i in range(2)]
+    found = pairs.compare(tmp_path / "out", {t: {s.id: s for s in sentences} for t in ("a", "b")})
+    rows = {row.kind: row for row in expected.rows.values()}
+    assert {"sam", "random", "each, vote", "unified_small", "oracle"} <= set(found.rows)
+    for one, other in (("sam", "unified_small"), ("random", "sam"), ("each, vote", "random_pair")):
+        for target in ("a", "b", MEAN):
+            mine = found.against(found.rows[one], found.rows[other], target)
+            assert mine == expected.against(rows[one], rows[other], target)
+    assert found.f1(found.rows["sam"], "a") == expected.f1(rows["sam"], "a")
+
+
+def test_kept_predictions_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pairs.main([str(tmp_path), "sam", "unified"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "main_table.json is missing" in said

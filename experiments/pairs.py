@@ -1,0 +1,105 @@
+"""One system of a main comparison against another, from its predictions as they were kept: no run is needed.
+
+``python -m experiments.pairs experiments/results/main_table sam unified_small``: by selectors, with the rule of
+combination where it is not the union (``"all_each, vote"``). The corpora are needed for their gold labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.bootstrap import Counts
+from experiments.collect import MEAN
+from experiments.comparison import Comparison, Row
+from sam.errors import SamError
+from sam.launch import compose
+from sam.ner import Sentence
+from sam.prompts import fold
+from sam.targets import load_targets
+
+Gold = Mapping[str, Mapping[str, Sentence]]
+"""Target -> id -> sentence."""
+
+
+def compare(folder: Path, gold: Gold | None = None) -> Comparison:
+    """The rows of the committed predictions in ``folder``; ``gold`` as the corpora have it, if not given.
+
+    Raises SamError for a folder without predictions, and for sentences that the corpora do not have.
+    """
+    path = folder / "main_table.json"
+    if not path.is_file():
+        raise SamError(f"{path} is missing; it is made by `python -m experiments.main_table SWEEP --out {folder}`")
+    head = json.loads(path.read_text(encoding="utf-8"))
+    gold = _corpora(head["sentences"]) if gold is None else gold
+    rows: dict[str, Row] = {}
+    for job, file in head["predictions"].items():
+        said = dict(part.split("=", 1) for part in job.split(","))
+        kind = ", ".join([said["selector"], *([said["combine"]] if "combine" in said else [])])
+        row = rows.setdefault(kind, Row(kind, kind))
+        row.seeds.append(int(said["seed"]))
+        lines = list(_read(folder / file))
+        for target, ids in head["sentences"].items():
+            combined = {line["id"]: line["combined"] for line in lines if line["target"] == target}
+            row.at(target).counts.append(_counts([(gold[target][i], combined[i]) for i in ids]))
+    return Comparison(rows, list(head["sentences"]), head["sentences"], [])
+
+
+def _corpora(sentences: Mapping[str, Sequence[str]]) -> Gold:
+    targets = load_targets(compose(f"target=[{','.join(sentences)}]")["target"])
+    gold = {target.name: {s.id: s for s in target.sentences} for target in targets}
+    for target, ids in sentences.items():
+        if lost := [i for i in ids if i not in gold[target]]:
+            raise SamError(
+                f"{target} has no sentence {lost[0]}; these predictions are of another version of the corpus"
+            )
+    return gold
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _counts(lines: Sequence[tuple[Sentence, Sequence[Sequence[Any]]]]) -> Counts:
+    """As :func:`experiments.comparison._counts`, of pairs by their place; one that has none is in no sentence."""
+    found = []
+    for sentence, pairs in lines:
+        gold = {(m.type, fold(sentence.text[m.start : m.end])) for m in sentence.mentions or ()}
+        predicted = {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in pairs}
+        # A hash is no text: what is not in the sentence cannot be gold.
+        found.append((len(gold & predicted), len(predicted), len(gold)))
+    return np.array(found, dtype=np.float64).T
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.pairs", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where `python -m experiments.main_table` wrote its files")
+    parser.add_argument("systems", nargs=2, metavar="SYSTEM", help="a selector, or 'selector, combination'")
+    args = parser.parse_args(argv)
+    try:
+        comparison = compare(args.folder)
+        if unknown := [name for name in args.systems if name not in comparison.rows]:
+            raise SamError(f"{args.folder} has no {unknown[0]!r}; it has {', '.join(map(repr, comparison.rows))}")
+        one, other = (comparison.rows[name] for name in args.systems)
+        for target in (*comparison.targets, MEAN):
+            points, _ = comparison.against(one, other, target)
+            values = [comparison.f1(row, target).value for row in (one, other)]
+            said = f"{one.label} {100 * values[0]:.1f}, {other.label} {100 * values[1]:.1f}"
+            print(f"{target}: {said}; {100 * points.value:.1f} [{100 * points.low:.1f}, {100 * points.high:.1f}]")
+    except (SamError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
