@@ -286,12 +286,12 @@ def _packed_int8(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Li
     scale = weight.abs().amax(1).clamp_min(TINY) / WEIGHT
     laid = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round_().to(torch.int8), [256, inputs])
     zeros = torch.zeros(width, dtype=torch.int32)
-    middle = torch.tensor(128.5)  # what is cut off above it is rounded
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, inputs).float()
-        step = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_min_(TINY).div_(TOKEN)
-        tokens = torch.addcdiv(middle, rows, step).to(torch.uint8)
+        step = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(TOKEN)
+        # The sign bit turned over adds 128: oneDNN multiplies tokens without a sign twice as fast.
+        tokens = (rows / step).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
         found = torch.ops.onednn.qlinear_pointwise(
             tokens, 1.0, 128, laid, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         ).mul_(step)
