@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -209,7 +209,7 @@ def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], fl
             for name, model in result["models"].items():
                 row = _row(comparison, f"expert {name}", "expert")
                 row.at(target).add(_counts(lines, name), _figures(model["scores"], costs[keys[name]]))
-        row = _row(comparison, *_label(job, result))
+        row = _row(comparison, *_label(job))
         row.gold = result["labels_used_for_selection"]
         row.at(target).add(_counts(lines, None), _figures(result["combined"]["scores"], sum(costs.values())))
         touched.add(row.label)
@@ -217,15 +217,24 @@ def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], fl
         comparison.rows[label].seeds.append(seed)
 
 
-def _label(job: Job, result: Mapping[str, Any]) -> tuple[str, str]:
-    """The row's label and kind."""
+def kind_of(job: Job) -> str:
+    """The kind of row that a job is: its selector, or the expert it names, and its combination if that is no union.
+
+    Raises SamError for a job that is no row of the comparison.
+    """
     kind = str(job.config["selector.name"])
     if kind == "named":
-        kind = "+".join(next(iter(result["models"].values()))["experts"])
+        kind = "+".join(next(iter(next(iter(job.targets.values()))["models"].values()))["experts"])
     if job.config["combine.rule"] != "union":
         kind += f", {job.config['combine.rule']}"
     if kind not in ORDER:
         raise SamError(f"{job.folder}: {kind} is no row of the main comparison; move the job away")
+    return kind
+
+
+def _label(job: Job) -> tuple[str, str]:
+    """The row's label and kind."""
+    kind = kind_of(job)
     drawn = kind in ("random", "random_pair")
     return LABELS.get(kind, kind) + (f" {job.config['k']}" if drawn else ""), kind
 
@@ -261,13 +270,19 @@ def _by_name(per_type: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:
-    """Counts of one model, or of the combination (``model`` None), as :mod:`sam.scoring` counts pairs."""
-    found = []
-    for line in lines:
-        gold = {(name, fold(line["text"][start:end])) for name, start, end in line["gold"]}
-        holder = line["combined"] if model is None else line["models"][model]
-        predicted = {tuple(pair) for pair in holder["pairs"]}
-        found.append((len(gold & predicted), len(predicted), len(gold)))
+    """Counts of one model, or of the combination (``model`` None)."""
+    return counts_of(
+        (
+            {(name, fold(line["text"][start:end])) for name, start, end in line["gold"]},
+            {tuple(pair) for pair in (line["combined"] if model is None else line["models"][model])["pairs"]},
+        )
+        for line in lines
+    )
+
+
+def counts_of(sentences: Iterable[tuple[set[Any], set[Any]]]) -> Counts:
+    """Counts of (gold, predicted) distinct pairs, as :mod:`sam.scoring` counts them."""
+    found = [(len(gold & predicted), len(predicted), len(gold)) for gold, predicted in sentences]
     return np.array(found, dtype=np.float64).T
 
 

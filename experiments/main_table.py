@@ -20,7 +20,7 @@ from typing import Any
 from experiments import bootstrap
 from experiments.bootstrap import Interval
 from experiments.collect import MEAN, Job, read_predictions
-from experiments.comparison import BASELINE, FAULTS, METHOD, NAMES, RATIOS, Comparison, Row, compare
+from experiments.comparison import BASELINE, FAULTS, METHOD, NAMES, RATIOS, Comparison, Row, compare, kind_of
 from experiments.render import escape, records_csv
 from sam.errors import SamError
 from sam.prompts import align
@@ -239,11 +239,12 @@ def write(folder: Path, out: Path) -> Comparison:
     (out / "predictions").mkdir(parents=True, exist_ok=True)
     for old in (out / "predictions").glob("*.jsonl.xz"):
         old.unlink()
-    kept = {}
+    kept = []
     for job in comparison.jobs:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job)).encode()
         name = files.setdefault(text, f"{job.folder.name}.jsonl.xz")
-        kept[job.folder.name] = f"predictions/{name}"
+        said = {"job": job.folder.name, "system": kind_of(job), "seed": int(job.config["seed"])}
+        kept.append({**said, "file": f"predictions/{name}"})
         (out / "predictions" / name).write_bytes(lzma.compress(text))
     head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
     head["predictions"] = kept

@@ -1,7 +1,7 @@
-"""One system of a main comparison against another, from its predictions as they were kept: no run is needed.
+"""One selector of a main comparison against another, from its predictions as they were kept: no run is needed.
 
-``python -m experiments.pairs experiments/results/main_table sam unified_small``: by selectors, with the rule of
-combination where it is not the union (``"all_each, vote"``). The corpora are needed for their gold labels.
+``python -m experiments.pairs experiments/results/main_table sam unified_small``; with the rule of combination
+ where it is not the union (``"all_each, vote"``). The corpora are needed for their gold labels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from experiments.bootstrap import Counts
 from experiments.collect import MEAN
-from experiments.comparison import Comparison, Row
+from experiments.comparison import Comparison, Row, counts_of
 from sam.errors import SamError
 from sam.launch import compose
 from sam.ner import Sentence
@@ -29,26 +26,26 @@ Gold = Mapping[str, Mapping[str, Sentence]]
 """Target -> id -> sentence."""
 
 
-def compare(folder: Path, gold: Gold | None = None) -> Comparison:
-    """The rows of the committed predictions in ``folder``; ``gold`` as the corpora have it, if not given.
+def kept(folder: Path, gold: Gold | None = None) -> Comparison:
+    """The rows, by kind, of the predictions that are kept in ``folder``; ``gold`` as the corpora have it, if not given.
 
-    Raises SamError for a folder without predictions, and for sentences that the corpora do not have.
+    Raises SamError for a folder without them, and for sentences that the corpora do not have.
     """
     path = folder / "main_table.json"
     if not path.is_file():
         raise SamError(f"{path} is missing; it is made by `python -m experiments.main_table SWEEP --out {folder}`")
     head = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(head.get("predictions"), list):
+        raise SamError(f"{path} does not say which system its predictions are of; make it anew from its sweep")
     gold = _corpora(head["sentences"]) if gold is None else gold
     rows: dict[str, Row] = {}
-    for job, file in head["predictions"].items():
-        said = dict(part.split("=", 1) for part in job.split(","))
-        kind = ", ".join([said["selector"], *([said["combine"]] if "combine" in said else [])])
-        row = rows.setdefault(kind, Row(kind, kind))
-        row.seeds.append(int(said["seed"]))
-        lines = list(_read(folder / file))
+    for job in head["predictions"]:
+        row = rows.setdefault(job["system"], Row(job["system"], job["system"]))
+        row.seeds.append(job["seed"])
+        lines = list(_read(folder / job["file"]))
         for target, ids in head["sentences"].items():
             combined = {line["id"]: line["combined"] for line in lines if line["target"] == target}
-            row.at(target).counts.append(_counts([(gold[target][i], combined[i]) for i in ids]))
+            row.at(target).counts.append(counts_of(_pairs(gold[target][i], combined[i]) for i in ids))
     return Comparison(rows, list(head["sentences"]), head["sentences"], [])
 
 
@@ -68,15 +65,10 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _counts(lines: Sequence[tuple[Sentence, Sequence[Sequence[Any]]]]) -> Counts:
-    """As :func:`experiments.comparison._counts`, of pairs by their place; one that has none is in no sentence."""
-    found = []
-    for sentence, pairs in lines:
-        gold = {(m.type, fold(sentence.text[m.start : m.end])) for m in sentence.mentions or ()}
-        predicted = {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in pairs}
-        # A hash is no text: what is not in the sentence cannot be gold.
-        found.append((len(gold & predicted), len(predicted), len(gold)))
-    return np.array(found, dtype=np.float64).T
+def _pairs(sentence: Sentence, places: Sequence[Sequence[Any]]) -> tuple[set[Any], set[Any]]:
+    """(gold, predicted) pairs; a hash, of what is not in the sentence, is no text and so no gold."""
+    gold = {(m.type, fold(sentence.text[m.start : m.end])) for m in sentence.mentions or ()}
+    return gold, {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in places}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("systems", nargs=2, metavar="SYSTEM", help="a selector, or 'selector, combination'")
     args = parser.parse_args(argv)
     try:
-        comparison = compare(args.folder)
+        comparison = kept(args.folder)
         if unknown := [name for name in args.systems if name not in comparison.rows]:
             raise SamError(f"{args.folder} has no {unknown[0]!r}; it has {', '.join(map(repr, comparison.rows))}")
         one, other = (comparison.rows[name] for name in args.systems)

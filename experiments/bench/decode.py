@@ -34,7 +34,7 @@ SIZES = (8, 16, 32, 64)
 
 SCOUTED = 64
 HOPELESS = 0.5
-"""A dtype of this share of the other's best speed is not tried in more sizes."""
+"""Below this share of the others' best speed a dtype is not tried in more sizes."""
 RATE = "sentences_per_s"
 
 Parts = Sequence[tuple[str, str]]
@@ -43,7 +43,7 @@ Asked = tuple[tuple[str, ...], Sentence]
 
 
 def run(options: Options) -> Report:
-    """A scouting case with the settings of the peer, then each of our modes against the best setting it has to meet.
+    """A scouting case with the peer's settings, then each of our modes against the best setting that it has to meet.
 
     ``exact`` meets fp32 ``generate`` at its best batch size, ``fast`` the best of all settings; ``constrained``, which
     asks for another answer, has ``fast`` beside it.
@@ -62,21 +62,17 @@ def run(options: Options) -> Report:
     few = parts[:: max(1, len(parts) // (8 if options.quick else SCOUTED))]
     sizes = SIZES[1:2] if options.quick else SIZES
     settings = {_name(dtype, size): (dtype, size) for dtype in DTYPES for size in sizes}
+    timed: dict[str, list[Figures]] = {}
 
-    def scout(names: Sequence[str]) -> dict[str, list[Figures]]:
-        works = {name: _peer(base, models[settings[name][0]], few, settings[name][1]) for name in names}
-        scouts = [Contestant(name, _rated(work, len(few))) for name, work in works.items()]
-        return dict(compete(scouts, 1, RATE, True).cases[0].rounds)
+    def rate(name: str) -> float:
+        dtype, size = settings[name]
+        peer = Contestant(name, _rated(_peer(base, models[dtype], few, size), len(few)))
+        timed.update(compete([peer], 1, RATE, True, case="scouting").cases[0].rounds)
+        return timed[name][0][RATE]
 
-    tried: dict[str, list[Figures]] = {}
-    for dtype in DTYPES:  # where a dtype is far behind at the other's best size, its other sizes are not tried
-        first = settings[max(tried, key=lambda n: tried[n][0][RATE])][1] if tried else sizes[0]
-        fastest = max((tried[n][0][RATE] for n in tried), default=0.0)
-        tried |= scout([_name(dtype, first)])
-        if tried[_name(dtype, first)][0][RATE] >= HOPELESS * fastest:
-            tried |= scout([_name(dtype, size) for size in sizes if size != first])
-    case = Case(f"scouting, {len(few)} sentences", RATE, True, tried, None)
-    ranked = sorted(tried, key=lambda name: -case.medians(name)[RATE])
+    scout(rate, sizes)
+    case = Case(f"scouting, {len(few)} sentences", RATE, True, timed, None)
+    ranked = sorted(timed, key=lambda name: -case.medians(name)[RATE])
     best = {"exact": next(name for name in ranked if settings[name][0] == "float32"), "fast": ranked[0]}
     reports = [Report((case,))]
     for mode, name in best.items():
@@ -96,7 +92,23 @@ def run(options: Options) -> Report:
         }.items()
     ]
     reports.append(compete(held, options.rounds, RATE, True, case=f"constrained, {len(parts)} sentences"))
-    return joined(reports, {"sentences": source, **agreement(answers, asked)})
+    left = {"not tried, as far behind": ", ".join(name for name in settings if name not in timed)}
+    return joined(
+        reports, {"sentences": source, **(left if len(timed) < len(settings) else {}), **agreement(answers, asked)}
+    )
+
+
+def scout(rate: Callable[[str], float], sizes: Sequence[int]) -> None:
+    """Try the peer's settings, all but the other sizes of a dtype that is far behind at the best size so far."""
+    rates: dict[int, float] = {}  # the best of each size
+    for dtype in DTYPES:
+        fastest = max(rates.values(), default=0.0)
+        first, *others = sorted(sizes, key=lambda size: rates.get(size, 0.0) < fastest)
+        found = rate(_name(dtype, first))
+        if found < HOPELESS * fastest:
+            continue
+        for size, value in [(first, found), *((size, rate(_name(dtype, size))) for size in others)]:
+            rates[size] = max(rates.get(size, 0.0), value)
 
 
 def _name(dtype: str, size: int) -> str:

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer
 
 from experiments.bench.harness import PEAK, Contestant, Figures, Options, Report, compete, joined
-from sam.base import BaseSpec, device_of, folder, load
+from sam.base import BaseSpec, device_of, folder, load, multiplies_bf16
 from sam.errors import SamError
 from sam.experts.data import ExpertDataModule, Recipe, Renderer
 from sam.experts.module import ExpertModule, rates
@@ -64,10 +64,14 @@ def run(options: Options) -> Report:
 def _case(job: Path, name: str, rounds: int) -> Report:
     ours = Contestant("ExpertModule", partial(_in_process, OURS, job), ours=True)
     peers = [
-        Contestant(f"transformers Trainer, {dtype}", partial(_in_process, (PEER, dtype), job))
-        for dtype in ("bf16", "fp32")
+        Contestant(f"transformers Trainer, {dtype}", partial(_in_process, (PEER, dtype), job)) for dtype in dtypes()
     ]
     return compete([ours, *peers], rounds, "tokens_per_s", True, case=name)
+
+
+def dtypes() -> tuple[str, ...]:
+    """The peer's precisions: bf16 only where the device multiplies it (elsewhere it is many times slower)."""
+    return ("bf16", "fp32") if device_of("auto") != "cpu" or multiplies_bf16() else ("fp32",)
 
 
 def _loss_gap(report: Report) -> str:

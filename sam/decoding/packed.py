@@ -6,8 +6,9 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
 - in bf16 where the processor does so itself, and what lies between the products of one block stays in it, keys and
   values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
   which are all that free greedy decoding looks at, or all of them;
-- elsewhere in int8, all layers but the output's: a scale a token and a scale an output, in the manner of LLM.int8()
-  (Dettmers et al. 2022, arXiv 2208.07339) without its outliers. All that is not a product stays in fp32.
+- on another x86 processor with AVX2 in int8, all layers but the output's: a scale a token and a scale an output, in
+  the manner of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) but without its outliers in 16 bits, which it found
+  large models to need. All that is not a product stays in fp32. It pays from some tens of tokens a pass on.
 
 Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
 same result to the bit whatever else is in the batch.
@@ -31,6 +32,8 @@ Linear = Callable[[Tensor], Tensor]
 BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_proj", "down_proj"), strict=True)}
 """The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
+HALF, INT8 = "bfloat16 products", "int8 products"
+"""What ``fast`` makes of fp32 ones, as it is named in an answer's key."""
 RANGE = 128  # neighbouring logits of which the largest is looked at first
 MARGIN = 1 / 64
 """Logits this near to the largest are computed in fp32, as a share of its size and of what a random row would give; in
@@ -39,7 +42,7 @@ ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
 PICKS = 4096  # logits that are computed in fp32 at a time
-TINY = 1e-30  # the largest number of a row of zeros
+TINY = 1e-30  # the least step, so that a row of zeros is not divided by zero
 TOKEN, WEIGHT = 127, 63
 """The largest int8 value of a token and of a weight. A weight has seven bits: without VNNI a processor adds two
 products in 16 bits, which 255 times 63 twice just fits (a token's values are shifted by 128 to have no sign)."""
@@ -57,7 +60,8 @@ class PackedWeights(MergedWeights):
         super().__init__(model)
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._head = cast(Any, model).get_output_embeddings()
-        self._products = products(mode, "float32", "cpu" if self._on_cpu else "other")  # of its fp32 layers
+        lead = next(model.parameters())
+        self._products = products(mode, str(lead.dtype).removeprefix("torch."), lead.device.type)
         self._all_logits = all_logits
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
         # Teams that no expert touches, packed once, by what their results are.
@@ -125,13 +129,13 @@ class PackedWeights(MergedWeights):
     def _dtype(self, module: nn.Module) -> torch.dtype:
         """What its weight is multiplied in."""
         dtype = cast(Tensor, module.weight).dtype
-        half = self._products.startswith("bfloat16") and module is not self._head
+        half = self._products.startswith(HALF) and module is not self._head
         return torch.bfloat16 if half and dtype == torch.float32 else dtype
 
     def _in_int8(self, module: nn.Module) -> bool:
         """Whether it is multiplied in int8."""
         fits = module is not self._head and cast(Tensor, module.weight).dtype == torch.float32
-        return fits and self._products.startswith("int8")
+        return fits and self._products == INT8
 
     def _pack(self, team: tuple[nn.Module, ...]) -> None:
         """Let the layers of ``team`` work with their merged weights, or their own where no expert touches them."""
@@ -159,7 +163,7 @@ class PackedWeights(MergedWeights):
     def _short(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether only the largest results of the output layer need be fp32, and can be."""
         fits = bias is None and weight.dtype == torch.float32 and len(weight) % RANGE == 0
-        return self._products.startswith("bfloat16") and not self._all_logits and fits
+        return self._products.startswith(HALF) and not self._all_logits and fits
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -197,9 +201,9 @@ def products(mode: str, dtype: str, device: str) -> str:
     found = dtype
     if mode == "fast" and dtype == "float32" and packs(torch.float32):
         if packs(torch.bfloat16) and multiplies_bf16():
-            found = "bfloat16 products"
+            found = HALF
         elif packs_int8():
-            found = "int8 products"
+            found = INT8
     return f"{found} in blocks" if found.startswith(("bfloat16", "float16")) and has_amx() else found
 
 

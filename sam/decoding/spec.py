@@ -20,7 +20,7 @@ DECODER_VERSION = 5
 class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time (in fp32, to no effect).
 
-    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` on a CPU in bf16 or int8.
+    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` on a CPU in bf16 or int8, as it has them.
     ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language.
     """
 

@@ -34,7 +34,7 @@ def test_sliding_window_answers_are_those_of_generate(sliding: Base, size: int) 
 
 
 def test_a_packed_model_with_norms_between_its_products(sliding: Base) -> None:
-    """In bf16 where the processor has it: Gemma 3 norms queries, keys, and what a block gives."""
+    """In bf16 or int8, as the processor has it: Gemma 3 norms queries, keys, and what a block gives."""
     texts = [*TEXTS, "y", "Another"]
     with PackedWeights(sliding.model, "fast", all_logits=False) as weights:
         weights.apply([])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench.decode import _generate, agreement, sample
+from experiments.bench.decode import DTYPES, _generate, _name, agreement, sample, scout
 from sam import prompts
 from sam.base import Base
 from sam.decoding import DecodeSpec
@@ -17,6 +17,25 @@ def test_without_the_corpora_the_sentences_are_the_mini_benchmarks(monkeypatch: 
     asked, source = sample(20)
     assert source == "mini benchmark" and len(asked) == 20
     assert len({types for types, _ in asked}) > 5
+
+
+@pytest.mark.parametrize(
+    ("bf16", "tried"),
+    [(0.1, [16]), (1.6, [16, 8, 32]), (9.0, [16, 8, 32])],
+)
+def test_a_dtype_that_is_far_behind_is_tried_at_one_size(bf16: float, tried: list[int]) -> None:
+    """At fp32's best; one that is far behind only at another size is tried at all."""
+    asked: list[str] = []
+
+    def rate(name: str) -> float:
+        asked.append(name)
+        dtype, _, size = name.split()[1:]
+        fp32 = {"8": 1.0, "16": 3.0, "32": 2.0}[size]
+        return fp32 if dtype == DTYPES[0] else bf16 if size == "16" else 0.1
+
+    scout(rate, (8, 16, 32))
+    assert asked[:3] == [_name("float32", size) for size in (8, 16, 32)]
+    assert asked[3:] == [_name("bfloat16", size) for size in tried]
 
 
 def test_agreement_is_with_fp32_generate() -> None:

@@ -290,24 +290,18 @@ def test_a_pair_is_placed_as_spans_are(tmp_path: Path) -> None:
 def test_predictions_that_no_seed_changes_are_kept_once(sweep: Path, tmp_path: Path) -> None:
     write_run(sweep, "sam", {"a": {"domain": 1, "sampling": 3}, "b": {"domain": 1, "sampling": 2}}, seed=1)
     assert main([str(sweep), "--out", str(tmp_path / "out")]) == 0
-    kept = json.loads((tmp_path / "out" / "main_table.json").read_text())["predictions"]
+    head = json.loads((tmp_path / "out" / "main_table.json").read_text())
+    kept = {said["job"]: said["file"] for said in head["predictions"]}
     assert kept["sam-0"] == kept["sam-1"] == "predictions/sam-0.jsonl.xz"
     assert all((tmp_path / "out" / path).is_file() for path in kept.values())
     assert len(list((tmp_path / "out" / "predictions").iterdir())) == len(set(kept.values())) < len(kept)
 
 
 def test_kept_predictions_say_of_a_pair_what_the_sweep_says(sweep: Path, tmp_path: Path) -> None:
-    """The sweep's folders are named as a sweep names them; text is not kept, nor needed but for gold."""
-    root = tmp_path / "named"
-    for job in load_jobs(sweep):
-        said = str(job.config["selector.name"]), str(job.config["combine.rule"]), job.config["seed"]
-        experts = next(iter(next(iter(job.targets.values()))["models"].values()))["experts"]
-        selector = experts[0] if said[0] == "named" else said[0]
-        rule = "" if said[1] == "union" else f",combine={said[1]}"
-        shutil.copytree(job.folder, root / f"seed={said[2]},selector={selector}{rule},logger=none")
-    expected = write(root, tmp_path / "out")
+    """Text is not kept, nor needed but for gold."""
+    expected = write(sweep, tmp_path / "out")
     sentences = [Sentence(f"s/{i}", TEXT, tuple(Mention(a, b, kind) for kind, a, b in GOLD)) for i in range(2)]
-    found = pairs.compare(tmp_path / "out", {t: {s.id: s for s in sentences} for t in ("a", "b")})
+    found = pairs.kept(tmp_path / "out", {t: {s.id: s for s in sentences} for t in ("a", "b")})
     rows = {row.kind: row for row in expected.rows.values()}
     assert {"sam", "random", "each, vote", "unified_small", "oracle"} <= set(found.rows)
     for one, other in (("sam", "unified_small"), ("random", "sam"), ("each, vote", "random_pair")):
@@ -317,7 +311,27 @@ def test_kept_predictions_say_of_a_pair_what_the_sweep_says(sweep: Path, tmp_pat
     assert found.f1(found.rows["sam"], "a") == expected.f1(rows["sam"], "a")
 
 
-def test_kept_predictions_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pairs.main([str(tmp_path), "sam", "unified"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "main_table.json is missing" in said
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What ``python -m experiments.pairs`` says of a mistake, which is one line."""
+
+    def once(*argv: object) -> str:
+        assert pairs.main([str(word) for word in argv]) == 2
+        found = capsys.readouterr().err
+        assert found.startswith("error: ") and found.count("\n") == 1
+        return found
+
+    return once
+
+
+def test_what_the_kept_predictions_do_not_have(sweep: Path, tmp_path: Path, said: Callable[..., str]) -> None:
+    assert "main_table.json is missing" in said(tmp_path, "sam", "unified")
+    write(sweep, tmp_path)
+    head = json.loads((tmp_path / "main_table.json").read_text())
+    for change, wrong in (
+        ({"predictions": {"job": "predictions/job.jsonl.xz"}}, "does not say which system"),
+        ({"sentences": {"mini_ai": ["dev/0"]}}, "mini_ai has no sentence dev/0"),
+        ({"sentences": {"mini_ai": [], "mini_movie": []}}, "has no 'sam2'; it has 'each'"),
+    ):
+        (tmp_path / "main_table.json").write_text(json.dumps({**head, **change}))
+        assert wrong in said(tmp_path, "sam2", "unified")
