@@ -1,7 +1,7 @@
 """One selector of a main comparison against another, from its predictions as they were kept: no run is needed.
 
-``python -m experiments.pairs experiments/results/main_table sam unified_small``; with the rule of combination
- where it is not the union (``"all_each, vote"``). The corpora are needed for their gold labels.
+``python -m experiments.pairs experiments/results/main_table sam unified_small``; with the rule of combination where it
+is not the union (``"all_each, vote"``). The corpora are needed for their gold labels.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def kept(folder: Path, gold: Gold | None = None) -> Comparison:
     if not isinstance(head.get("predictions"), list):
         raise SamError(f"{path} does not say which system its predictions are of; make it anew from its sweep")
     gold = _corpora(head["sentences"]) if gold is None else gold
+    files = {file: list(_read(folder / file)) for file in {job["file"] for job in head["predictions"]}}
     rows: dict[str, Row] = {}
     for job in head["predictions"]:
         row = rows.setdefault(job["system"], Row(job["system"], job["system"]))
         row.seeds.append(job["seed"])
-        lines = list(_read(folder / job["file"]))
         for target, ids in head["sentences"].items():
-            combined = {line["id"]: line["combined"] for line in lines if line["target"] == target}
+            combined = {line["id"]: line["combined"] for line in files[job["file"]] if line["target"] == target}
             row.at(target).counts.append(counts_of(_pairs(gold[target][i], combined[i]) for i in ids))
     return Comparison(rows, list(head["sentences"]), head["sentences"], [])
 

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer
 
 from experiments.bench.harness import PEAK, Contestant, Figures, Options, Report, compete, joined
-from sam.base import BaseSpec, device_of, folder, load, multiplies_bf16
+from sam.base import BaseSpec, device_of, folder, load
 from sam.errors import SamError
 from sam.experts.data import ExpertDataModule, Recipe, Renderer
 from sam.experts.module import ExpertModule, rates
@@ -70,8 +70,8 @@ def _case(job: Path, name: str, rounds: int) -> Report:
 
 
 def dtypes() -> tuple[str, ...]:
-    """The peer's precisions: bf16 only where the device multiplies it (elsewhere it is many times slower)."""
-    return ("bf16", "fp32") if device_of("auto") != "cpu" or multiplies_bf16() else ("fp32",)
+    """The peer's precisions: bf16 only where we would take it (elsewhere it is many times slower)."""
+    return ("fp32",) if auto_precision("auto", device_of("auto")) == "32-true" else ("bf16", "fp32")
 
 
 def _loss_gap(report: Report) -> str:

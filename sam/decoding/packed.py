@@ -58,10 +58,11 @@ class PackedWeights(MergedWeights):
     def __init__(self, model: nn.Module, mode: str, *, all_logits: bool) -> None:
         """``all_logits``: whether ``fast`` gives all logits in fp32 or, enough for a free choice, the largest."""
         super().__init__(model)
-        self._on_cpu = next(model.parameters()).device.type == "cpu"
-        self._head = cast(Any, model).get_output_embeddings()
         lead = next(model.parameters())
-        self._products = products(mode, str(lead.dtype).removeprefix("torch."), lead.device.type)
+        self._on_cpu = lead.device.type == "cpu"
+        self._head = cast(Any, model).get_output_embeddings()
+        found = products(mode, str(lead.dtype).removeprefix("torch."), lead.device.type)
+        self._half, self._int8 = found.startswith(HALF), found == INT8
         self._all_logits = all_logits
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
         # Teams that no expert touches, packed once, by what their results are.
@@ -128,14 +129,11 @@ class PackedWeights(MergedWeights):
 
     def _dtype(self, module: nn.Module) -> torch.dtype:
         """What its weight is multiplied in."""
-        dtype = cast(Tensor, module.weight).dtype
-        half = self._products.startswith(HALF) and module is not self._head
-        return torch.bfloat16 if half and dtype == torch.float32 else dtype
+        return torch.bfloat16 if self._half and self._shrinks(module) else cast(Tensor, module.weight).dtype
 
-    def _in_int8(self, module: nn.Module) -> bool:
-        """Whether it is multiplied in int8."""
-        fits = module is not self._head and cast(Tensor, module.weight).dtype == torch.float32
-        return fits and self._products == INT8
+    def _shrinks(self, module: nn.Module) -> bool:
+        """Whether ``fast`` multiplies it in fewer bits."""
+        return module is not self._head and cast(Tensor, module.weight).dtype == torch.float32
 
     def _pack(self, team: tuple[nn.Module, ...]) -> None:
         """Let the layers of ``team`` work with their merged weights, or their own where no expert touches them."""
@@ -153,7 +151,8 @@ class PackedWeights(MergedWeights):
             if lead is self._head and self._short(weights[0], biases[0]):
                 forwards = [_largest(weights[0])]
             else:
-                forwards = _forwards(weights, biases, result, _packed_int8 if self._in_int8(lead) else _packed)
+                pack = _packed_int8 if self._int8 and self._shrinks(lead) else _packed
+                forwards = _forwards(weights, biases, result, pack)
             if untouched:
                 self._unmerged[team, result] = forwards
         for layer, forward in zip(team, forwards, strict=True):
@@ -163,7 +162,7 @@ class PackedWeights(MergedWeights):
     def _short(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether only the largest results of the output layer need be fp32, and can be."""
         fits = bias is None and weight.dtype == torch.float32 and len(weight) % RANGE == 0
-        return self._products.startswith(HALF) and not self._all_logits and fits
+        return self._half and not self._all_logits and fits
 
     def _restore(self) -> None:
         for module in self._packed:
