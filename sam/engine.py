@@ -41,7 +41,8 @@ class Engine:
         self._weights: PackedWeights | None = None
         self._applied: str | None = None
         self._drafter = Drafter()
-        self._latest: dict[str, str] = {}  # prompt -> the last answer to it, of whatever model
+        # prompt -> experts -> the last answer to it of a merge of them, the latest last
+        self._siblings: dict[str, dict[frozenset[str], str]] = defaultdict(dict)
 
     def begin(self, pool: Pool, store: AnswerStore | None) -> None:
         """Serve another job: its own cards (of the same adapters), store, seconds and counts."""
@@ -119,7 +120,10 @@ class Engine:
             progress(len(asked) - len(missing))
         if missing:
             kept.update(self._answer(key, experts, merge, missing, progress))
-        self._latest.update((prompt, kept[name][0]) for prompt, name in zip(shown, names, strict=True))
+        for prompt, name in zip(shown, names, strict=True):
+            siblings = self._siblings[prompt]
+            siblings.pop(frozenset(experts), None)
+            siblings[frozenset(experts)] = kept[name][0]
         return [
             prompts.predict(text, kept[name][0], types, kept[name][1])
             for (types, text), name in zip(asked, names, strict=True)
@@ -138,7 +142,7 @@ class Engine:
         names = list(asked)
         parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in asked.values()]
         # Another model's answer to the same prompt is a guess at this one's.
-        earlier = [self._latest.get(prefix + suffix, "") for prefix, suffix in parts]
+        earlier = [nearest(self._siblings[prefix + suffix], experts) for prefix, suffix in parts]
         automata = grammar.automata(asked.values()) if self.decoding.constrained else None
         try:
             self._apply(key, experts, merge)
@@ -176,3 +180,11 @@ class Engine:
         if self._weights is not None:
             self._weights.undo()
         self._applied = None
+
+
+def nearest(answers: dict[frozenset[str], str], experts: Sequence[str]) -> str:
+    """Of ``answers``, by experts and the latest last, that of the most similar experts (Jaccard); "" of none."""
+    asked = frozenset(experts)
+    # Of equals max takes the first.
+    found = max(reversed(answers), key=lambda others: len(others & asked) / len(others | asked), default=None)
+    return "" if found is None else answers[found]

@@ -14,7 +14,7 @@ import sam.engine
 from sam import prompts
 from sam.base import Base, BaseSpec
 from sam.decoding import AnswerStore, DecodeSpec
-from sam.decoding.greedy import decode, stream
+from sam.decoding.greedy import Answer, decode, stream
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
@@ -296,6 +296,30 @@ def test_answers_are_kept_as_they_come(engine: MakeEngine, store: AnswerStore, m
     again = engine(store)
     again.predict(["news"], SINGLE, TYPES, texts)
     assert counts(again) == {"decoded": 2, "reused": 2}
+
+
+def test_the_most_similar_models_answer_is_the_guess(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equally similar models the last one's; to another prompt there is none."""
+    guesses: list[str] = []
+
+    def answering(base: Any, parts: Any, spec: Any, drafter: Any, earlier: list[str], automata: Any) -> Any:
+        guesses.extend(earlier)
+        yield from ((index, Answer(f"answer {len(guesses)}", False)) for index in range(len(parts)))
+
+    monkeypatch.setattr(sam.engine, "stream", answering)
+    asked = engine()
+    for experts, merge, text, guess in (
+        (["news"], SINGLE, "Ada", ""),
+        (["social", "stem"], TIES, "Ada", "answer 1"),
+        (["news"], SINGLE, "Bath", ""),
+        (["news", "social", "stem"], LINEAR, "Ada", "answer 2"),
+        (["stem", "social"], DARE, "Ada", "answer 2"),
+        (["biomedical"], SINGLE, "Ada", "answer 5"),
+        (["social", "stem"], LINEAR, "Ada", "answer 5"),
+        (["news", "social"], TIES, "Ada", "answer 4"),
+    ):
+        asked.predict(experts, merge, TYPES, [text])
+        assert guesses[-1] == guess, (experts, merge)
 
 
 def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from experiments import bootstrap
 from experiments.bench.harness import Case, Contestant, Figures, Options, Report, compete, joined, measured
 from sam import grammar, prompts
 from sam.base import Base, BaseSpec, load
@@ -129,15 +131,29 @@ def sample(count: int) -> tuple[list[Asked], str]:
 
 
 def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[str, Any]:
-    """Of each contestant: the share of answers that equal fp32 ``generate``'s, and micro F1 over the sentences."""
-    reference = next(found for name, found in answers.items() if name.startswith("generate float32"))
+    """Of each contestant: the share of answers that equal fp32 ``generate``'s, micro F1 over the sentences, and that
+    minus the F1 of fp32 ``generate``, with its 95 % bootstrap interval over the sentences."""
+    reference = next(name for name in answers if name.startswith("generate float32"))
+    draws = bootstrap.resamples(len(asked), "decoding")
+    counts = {name: _counts(found, asked) for name, found in answers.items()}
     notes: dict[str, Any] = {}
     for name, found in answers.items():
-        same = sum(a.text == b.text for a, b in zip(found, reference, strict=True)) / len(reference)
-        predicted = [prompts.predict(s.text, a.text, t, a.truncated) for (t, s), a in zip(asked, found, strict=True)]
-        f1 = score([s for _, s in asked], predicted).f1
-        notes[name] = f"{100 * same:.1f} % of answers as fp32 generate, F1 {100 * f1:.1f}"
+        same = sum(a.text == b.text for a, b in zip(found, answers[reference], strict=True)) / len(asked)
+        value, least = bootstrap.f1(counts[name]), bootstrap.f1(counts[reference])
+        spread = bootstrap.f1_of(counts[name], draws) - bootstrap.f1_of(counts[reference], draws)
+        more = bootstrap.interval(value - least, spread)
+        notes[name] = f"{100 * same:.1f} % of answers as fp32 generate, F1 {100 * value:.1f}" + (
+            f" ({100 * more.value:+.1f}, {100 * more.low:+.1f} to {100 * more.high:+.1f})" if same < 1 else ""
+        )
     return notes
+
+
+def _counts(answers: Sequence[Answer], asked: Sequence[Asked]) -> bootstrap.Counts:
+    scores = [
+        score([s], [prompts.predict(s.text, answer.text, types, answer.truncated)])
+        for answer, (types, s) in zip(answers, asked, strict=True)
+    ]
+    return np.array([[s.tp, s.predicted, s.gold] for s in scores], dtype=np.float64).T
 
 
 def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any], held: Sequence[Asked] | None = None) -> Work:
