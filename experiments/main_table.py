@@ -242,10 +242,11 @@ def write(folder: Path, out: Path) -> Comparison:
     kept = []
     for job in comparison.jobs:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job)).encode()
-        name = files.setdefault(text, f"{job.folder.name}.jsonl.xz")
+        if text not in files:
+            files[text] = f"predictions/{job.folder.name}.jsonl.xz"
+            (out / files[text]).write_bytes(lzma.compress(text))
         said = {"job": job.folder.name, "system": kind_of(job), "seed": int(job.config["seed"])}
-        kept.append({**said, "file": f"predictions/{name}"})
-        (out / "predictions" / name).write_bytes(lzma.compress(text))
+        kept.append({**said, "file": files[text]})
     head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
     head["predictions"] = kept
     write_json(out / "main_table.json", {**head, "records": [{k: _plain(v) for k, v in r.items()} for r in found]})
