@@ -21,9 +21,10 @@ from sam import corpora
 from sam.base import Base, BaseSpec, device_of, load
 from sam.decoding import DecodeSpec
 from sam.errors import SamError
+from sam.experts.card import HELDOUT_CHARACTERS
 from sam.experts.data import ExpertDataModule, Recipe
 from sam.experts.module import ExpertModule
-from sam.experts.train import HELDOUT_CHARACTERS, auto_precision, fit, score_adapter
+from sam.experts.train import auto_precision, fit, score_adapter
 from sam.launch import compose, one_line, quiet
 from sam.ner import Sentence
 from sam.results import git_commit

@@ -183,7 +183,8 @@ class Engine:
 
 
 def nearest(answers: dict[frozenset[str], str], experts: Sequence[str]) -> str:
-    """Of ``answers``, by experts and the latest last, that of the most similar experts (Jaccard); "" of none."""
+    """Of ``answers``, by experts and the latest last, that of the most similar experts (Jaccard), of equals the latest;
+    "" of none."""
     asked = frozenset(experts)
     # Of equals max takes the first.
     found = max(reversed(answers), key=lambda others: len(others & asked) / len(others | asked), default=None)

@@ -317,6 +317,8 @@ def test_the_most_similar_models_answer_is_the_guess(engine: MakeEngine, monkeyp
         (["biomedical"], SINGLE, "Ada", "answer 5"),
         (["social", "stem"], LINEAR, "Ada", "answer 5"),
         (["news", "social"], TIES, "Ada", "answer 4"),
+        (["news", "stem"], TIES, "Ada", "answer 4"),
+        (["social"], SINGLE, "Ada", "answer 8"),
     ):
         asked.predict(experts, merge, TYPES, [text])
         assert guesses[-1] == guess, (experts, merge)

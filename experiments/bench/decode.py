@@ -131,17 +131,17 @@ def sample(count: int) -> tuple[list[Asked], str]:
 
 
 def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[str, Any]:
-    """Of each contestant: the share of answers that equal fp32 ``generate``'s, micro F1 over the sentences, and that
-    minus the F1 of fp32 ``generate``, with its 95 % bootstrap interval over the sentences."""
+    """Of each contestant: the share of answers that equal fp32 ``generate``'s, micro F1 over the sentences, and, where
+    not all are equal, that minus the F1 of fp32 ``generate``, with its 95 % bootstrap interval over the sentences."""
     reference = next(name for name in answers if name.startswith("generate float32"))
     draws = bootstrap.resamples(len(asked), "decoding")
     counts = {name: _counts(found, asked) for name, found in answers.items()}
     notes: dict[str, Any] = {}
     for name, found in answers.items():
         same = sum(a.text == b.text for a, b in zip(found, answers[reference], strict=True)) / len(asked)
-        value, least = bootstrap.f1(counts[name]), bootstrap.f1(counts[reference])
+        value, of_reference = bootstrap.f1(counts[name]), bootstrap.f1(counts[reference])
         spread = bootstrap.f1_of(counts[name], draws) - bootstrap.f1_of(counts[reference], draws)
-        more = bootstrap.interval(value - least, spread)
+        more = bootstrap.interval(value - of_reference, spread)
         notes[name] = f"{100 * same:.1f} % of answers as fp32 generate, F1 {100 * value:.1f}" + (
             f" ({100 * more.value:+.1f}, {100 * more.low:+.1f} to {100 * more.high:+.1f})" if same < 1 else ""
         )

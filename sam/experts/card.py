@@ -19,6 +19,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 ROLES = ("expert", "unified", "start")
 
+HELDOUT_CHARACTERS = 600
+"""Longer sentences than this are not among those that a finished expert is scored on."""
+
 
 @dataclass(frozen=True)
 class Card:

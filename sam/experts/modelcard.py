@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from sam.experts.card import Card
+from sam.experts.card import HELDOUT_CHARACTERS, Card
+
+CURVE = 8
+"""The most points of the loss curve that are shown; the card has all."""
 
 
 def write_readme(folder: Path, card: Card) -> None:
@@ -17,6 +21,7 @@ def write_readme(folder: Path, card: Card) -> None:
         "unified": "The unified baseline",
         "start": "The common start, which is folded into the base model before experts are trained,",
     }[card.role]
+    stated = ", ".join(f"`{k}={v}`" for k, v in recipe.items() if k not in ("hash", "heldout", "precision"))
     text = f"""---
 base_model: {card.base}
 library_name: peft
@@ -25,16 +30,20 @@ tags: [lora, named-entity-recognition, sam]
 # {card.name}
 
 {kind} for named entity recognition by SaM: a LoRA adapter (r={recipe["r"]}, alpha={recipe["alpha"]}, all linear
-layers, bf16) on {card.base} (fingerprint {card.base_fingerprint[:12]}).
+layers) on {card.base} (fingerprint {card.base_fingerprint[:12]}). {training["parameters"]:,} parameters, in bf16
+{2 * training["parameters"] / 1e6:.1f} MB; the paper's estimate, 18HrL, would be {training["18HrL"]:,}.
 
-Trained on {card.sentences} sentences, {recipe["epochs"]} epoch(s), batch {recipe["batch_size"]}, learning rate
-{recipe["lr"]}, seed {recipe["seed"]}; label dropping {recipe["label_drop"]}; precision {recipe["precision"]}.
-{training["steps"]} steps in {training["seconds"]:.0f} s on {training["device"]}; loss {training["curve"][0][1]:.2f} to
-{training["curve"][-1][1]:.2f}. {training["parameters"]:,} parameters; the paper's estimate, 18HrL, would be
-{training["18HrL"]:,}.
+Trained on {card.sentences} sentences with precision {recipe["precision"]}: {training["steps"]} steps in
+{training["seconds"]:.0f} s on {training["device"]}.
+The recipe (`conf/train`): {stated}.
 
-| dataset | licence of the data | held out | P | R | F1 | unparsable |
-| --- | --- | --- | --- | --- | --- | --- |
+{_curve(training["curve"])}
+
+Held out: sentences of at most {HELDOUT_CHARACTERS} characters that are not among those trained on, asked for all types
+of their dataset; `expert.json` has span F1 and more. Mean F1 {100 * card.scores.get("mean_f1", 0):.1f}.
+
+| dataset | licence of the data | held out | P | R | F1 | unparsable | cut off |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
 Entity types: {", ".join(card.types)}.
@@ -46,6 +55,15 @@ Limits: a small model on a small budget; English; it extracts flat mentions of t
 many, and invents some. The data's licences (some non-commercial) may bear on what it is used for.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _curve(points: Sequence[Sequence[float]]) -> str:
+    """Some of the (step, loss), evenly spaced, the first and the last among them."""
+    last = len(points) - 1
+    shown = [points[i] for i in sorted({round(i * last / (CURVE - 1)) for i in range(CURVE)})]
+    steps, losses = ([format(point[i], form) for point in shown] for i, form in ((0, "d"), (1, ".2f")))
+    rule = "| --- |" + " ---: |" * len(shown)
+    return f"| step | {' | '.join(steps)} |\n{rule}\n| loss | {' | '.join(losses)} |"
 
 
 def _fold(card: Card) -> str:
@@ -64,6 +82,6 @@ def _form(card: Card) -> str:
 def _scores(card: Card, dataset: str) -> str:
     found = card.scores.get("datasets", {}).get(dataset)
     if found is None:
-        return "not measured | – | – | – | –"
+        return "not measured | – | – | – | – | –"
     three = " | ".join(f"{100 * found[m]:.1f}" for m in ("precision", "recall", "f1"))
-    return f"{found['n']} of {found['split']} | {three} | {found['unparsable']}"
+    return f"{found['n']} of {found['split']} | {three} | {found['unparsable']} | {found['truncated']}"

@@ -23,7 +23,7 @@ from sam.base import Base, multiplies_bf16, staged
 from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
-from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Card
+from sam.experts.card import CARD_FILE, CONFIG_FILE, HELDOUT_CHARACTERS, WEIGHTS_FILE, Card
 from sam.experts.data import DATA_VERSION, ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
@@ -33,9 +33,6 @@ from sam.results import versions
 from sam.seeding import rng
 
 log = logging.getLogger(__name__)
-
-HELDOUT_CHARACTERS = 600
-"""Longer sentences than this are not among those that a finished expert is scored on."""
 
 KEPT = ("n", "precision", "recall", "f1", "span_f1", "unparsable", "truncated", "not_in_sentence")
 """The scores that a card holds of each dataset."""

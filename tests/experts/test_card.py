@@ -12,7 +12,7 @@ import pytest
 
 from sam.base import Base, BaseSpec, fold_hash, identity, staged
 from sam.errors import SamError
-from sam.experts import Card, Pool
+from sam.experts import Card, Pool, modelcard
 from sam.experts.modelcard import write_readme
 from sam.launch import compose
 from sam.prompts import PROMPT_VERSION
@@ -182,7 +182,7 @@ def test_missing_file_is_refused(pool: Pool, tiny: Base, file: str, said: str) -
     assert str(pool.path / "news") in one_line(error) and file in str(error.value)
 
 
-SCORES = {"split": "test", "n": 30, "precision": 0.5, "recall": 0.3809, "f1": 0.4321, "unparsable": 1}
+SCORES = {"split": "test", "n": 30, "precision": 0.5, "recall": 0.3809, "f1": 0.4321, "unparsable": 1, "truncated": 2}
 
 
 def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
@@ -190,16 +190,16 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     card = make_card("stem", "0123456789abcdef", scores={"datasets": {"stem_one": SCORES}})
     write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "bf16-mixed"}))
     text = (tmp_path / "README.md").read_text()
-    assert "| stem_one | CC-BY-4.0 | 30 of test | 50.0 | 38.1 | 43.2 | 1 |\n" in text
-    assert "| stem_two | not stated | not measured | – | – | – | – |\n" in text
+    assert "| stem_one | CC-BY-4.0 | 30 of test | 50.0 | 38.1 | 43.2 | 1 | 2 |\n" in text
+    assert "| stem_two | not stated | not measured | – | – | – | – | – |\n" in text
     for part in (
         "r=8, alpha=16",
-        "2 epoch(s)",
-        "seed 5",
-        "bf16-mixed",
+        "`epochs=2`, `batch_size=2`, `lr=0.001`, `seed=5`, `label_drop=0.15`.",
+        "with precision bf16-mixed",
         "fingerprint 0123456789ab)",
         "location, person",
-        "5 steps in 61 s on cpu; loss 2.50 to",
+        "5 steps in\n61 s on cpu.",
+        "| step | 5 |\n| --- | ---: |\n| loss | 2.50 |",
         "1,200 parameters",
     ):
         assert part in text
@@ -213,6 +213,19 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     ):
         write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "32-true", **answer}))
         assert f"a JSON object from {told}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_long_curve_is_shown_from_its_first_to_its_last_point() -> None:
+    steps, _, losses = modelcard._curve([[32 * i, i / 10] for i in range(1, 40)]).splitlines()
+    assert steps.split(" | ")[1:] == ["32", "192", "384", "544", "736", "896", "1088", "1248 |"]
+    assert losses.startswith("| loss | 0.10 | 0.60 |") and losses.endswith(" 3.90 |")
+
+
+def test_shipped_readmes_say_what_the_cards_do(tmp_path: Path) -> None:
+    for name, card in Pool(compose()["experts"]["path"]).cards.items():
+        write_readme(tmp_path, card)
+        shipped = Path(compose()["experts"]["path"]) / name / "README.md"
+        assert shipped.read_text() == (tmp_path / "README.md").read_text(), name
 
 
 def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
