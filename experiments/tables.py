@@ -1,7 +1,8 @@
 """Tables of a sweep's scores: ``python -m experiments.tables DIR [--rows merge.name] [--columns k] …``.
 
 Rows and columns are dotted config paths (``k``, ``merge.name``, ``merge.density``) or the words ``target`` and
-``model``. Jobs that differ only in their seeds share a cell: mean ± sample standard deviation.
+``model``; rows that are not given are what the sweep varies. Jobs that differ only in their seeds share a cell: mean ±
+sample standard deviation.
 """
 
 from __future__ import annotations
@@ -106,12 +107,32 @@ def tables_per_target(jobs: Sequence[Job], spec: Spec) -> list[Table]:
     return [replace(build_table(jobs, replace(spec, target=target)), target=target) for target in targets]
 
 
+def varied(jobs: Sequence[Job], columns: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
+    """The config paths that tell ``jobs`` apart beside ``columns`` and ``over``, by ``merge.name`` if none does.
+
+    What a group's name decides (``merge.density``, where each merge has one) is left out.
+    """
+    done = finished(jobs)
+    known = dict.fromkeys(path for job in done for path in job.config)
+    others = {config_path(column, known) for column in columns}
+    paths = [path for path in _varying(done) if path not in others and not _is_over(path, over)]
+    names = [path for path in paths if path.endswith(".name")]
+
+    def decided(path: str) -> bool:
+        name = f"{path.partition('.')[0]}.name"
+        both = {(label(job.config.get(name)), label(job.config.get(path))) for job in done}
+        return name in names and path != name and len(both) == len({first for first, _ in both})
+
+    return tuple(path for path in paths if not decided(path)) or Spec.rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table files, print the Markdown, and return the exit code (2 for a user's mistake)."""
     args = _parser().parse_args(argv)
-    spec = Spec(args.rows, args.columns, args.metric, args.target, args.model, args.over)
     try:
         jobs = load_jobs(args.folder)
+        rows = varied(jobs, args.columns, args.over) if args.rows is None else args.rows
+        spec = Spec(rows, args.columns, args.metric, args.target, args.model, args.over)
         tables = tables_per_target(jobs, spec) if args.per_target else [build_table(jobs, spec)]
         texts = render.files(tables, args.best)
         out = args.out or args.folder
@@ -132,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the sweep: a folder that holds a folder per job")
-    add("--rows", type=_words, default=Spec.rows, help="config paths, target or model, comma-separated (merge.name)")
+    add("--rows", type=_words, help="config paths, target or model, comma-separated (what the sweep varies)")
     add("--columns", type=_words, default=Spec.columns, help="likewise (k)")
     add("--metric", default=Spec.metric, help="f1, precision, recall, span_f1, unparsable, … (f1)")
     add("--model", help="combined, or the ranking of a single model (combined)")

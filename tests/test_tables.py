@@ -254,6 +254,28 @@ def test_command_writes_files_and_prints_markdown(tmp_path: Path, capsys: pytest
     assert [path.name for path in sweep.glob("table.*")] == ["table.csv"]
 
 
+def test_rows_are_what_the_sweep_varies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not what follows from a group's name, nor seeds; a setting that does not follow is a row of its own."""
+
+    def head(folder: Path, *options: str) -> str:
+        assert main([str(folder), "--out", str(tmp_path / "out"), *options]) == 0
+        return rows_of(capsys.readouterr().out)[0]
+
+    selectors, settings, sizes, one = (tmp_path / name for name in ("selectors", "settings", "sizes", "one"))
+    for name, seed in (("sam", 0), ("sam", 1), ("domain", 0)):
+        job(selectors, f"{name}{seed}", 0.5, selector={"name": name, "models": name == "sam"}, seed=seed)
+    assert head(selectors) == "| selector | k=3 |"
+    for k, merge, density in ((1, "ties", 0.1), (3, "ties", 0.2), (1, "dare", 0.5)):
+        job(settings, f"{merge}{density}", 0.5, k=k, merge={"name": merge, "density": density})
+    assert head(settings) == "| merge | merge.density | k=1 | k=3 |"
+    assert head(settings, "--columns", "merge.density") == "| merge | k | merge.density=0.1 | merge.density=0.2 | merge.density=0.5 |"
+    for size in (5, 10):
+        job(sizes, str(size), 0.5, sample_size=size)
+    assert head(sizes) == "| sample_size | k=3 |"
+    job(one, "a", 0.5)
+    assert head(one) == "| merge | k=3 |"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
