@@ -1,7 +1,8 @@
 """One selector of a main comparison against another, from its predictions as they were kept: no run is needed.
 
 ``python -m experiments.pairs experiments/results/main_table sam unified_small``; with the rule of combination where it
-is not the union (``"all_each, vote"``). The corpora are needed for their gold labels.
+is not the union (``"all_each, vote"``), and ``--of FOLDER`` where the second is another comparison's, as one that was
+decoded otherwise. The corpora are needed for their gold labels.
 """
 
 from __future__ import annotations
@@ -71,17 +72,31 @@ def _pairs(sentence: Sentence, places: Sequence[Sequence[Any]]) -> tuple[set[Any
     return gold, {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in places}
 
 
+def chosen(folders: Sequence[Path], systems: Sequence[str], gold: Gold | None = None) -> tuple[Comparison, Row, Row]:
+    """The first folder's comparison, and of each folder the system's row.
+
+    Raises SamError for a system that a folder does not have, and where the sentences differ; else as :func:`kept`.
+    """
+    found = {folder: kept(folder, gold) for folder in dict.fromkeys(folders)}
+    rows = []
+    for folder, system in zip(folders, systems, strict=True):
+        if found[folder].sentences != found[folders[0]].sentences:
+            raise SamError(f"{folder} and {folders[0]} hold other targets or sentences; they cannot be paired")
+        if system not in found[folder].rows:
+            raise SamError(f"{folder} has no {system!r}; it has {', '.join(map(repr, found[folder].rows))}")
+        rows.append(found[folder].rows[system])
+    return found[folders[0]], rows[0], rows[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.pairs", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where `python -m experiments.main_table` wrote its files")
     parser.add_argument("systems", nargs=2, metavar="SYSTEM", help="a selector, or 'selector, combination'")
+    parser.add_argument("--of", type=Path, metavar="FOLDER", help="the second system's folder (the same)")
     args = parser.parse_args(argv)
     try:
-        comparison = kept(args.folder)
-        if unknown := [name for name in args.systems if name not in comparison.rows]:
-            raise SamError(f"{args.folder} has no {unknown[0]!r}; it has {', '.join(map(repr, comparison.rows))}")
-        one, other = (comparison.rows[name] for name in args.systems)
+        comparison, one, other = chosen((args.folder, args.of or args.folder), args.systems)
         for target in (*comparison.targets, MEAN):
             points, _ = comparison.against(one, other, target)
             values = [comparison.f1(row, target).value for row in (one, other)]

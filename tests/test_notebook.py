@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from experiments import bootstrap
+from experiments.comparison import counts_of
+from sam.prompts import fold
 from tests.sweeps import make_sweep
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "analysis.ipynb"
@@ -48,3 +52,20 @@ def test_is_committed_without_outputs() -> None:
     cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
     assert len(cells) >= 7
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+
+
+def test_the_committed_predictions_are_those_of_their_result() -> None:
+    """The notebook shows one of them beside the sweep's figures."""
+    (path,) = (NOTEBOOK.parents[1] / "experiments" / "results" / "k_by_merge").glob("*/predictions.jsonl")
+    result = json.loads((path.parent / "result.json").read_text())
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for target, found in result["targets"].items():
+        counts = counts_of(
+            (
+                {(kind, fold(line["text"][start:end])) for kind, start, end in line["gold"]},
+                {tuple(pair) for pair in line["combined"]["pairs"]},
+            )
+            for line in lines
+            if line["target"] == target
+        )
+        assert bootstrap.f1(counts) == pytest.approx(found["combined"]["scores"]["f1"]), target

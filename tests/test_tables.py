@@ -268,7 +268,10 @@ def test_rows_are_what_the_sweep_varies(tmp_path: Path, capsys: pytest.CaptureFi
     for k, merge, density in ((1, "ties", 0.1), (3, "ties", 0.2), (1, "dare", 0.5)):
         job(settings, f"{merge}{density}", 0.5, k=k, merge={"name": merge, "density": density})
     assert head(settings) == "| merge | merge.density | k=1 | k=3 |"
-    assert head(settings, "--columns", "merge.density") == "| merge | k | merge.density=0.1 | merge.density=0.2 | merge.density=0.5 |"
+    assert (
+        head(settings, "--columns", "merge.density")
+        == "| merge | k | merge.density=0.1 | merge.density=0.2 | merge.density=0.5 |"
+    )
     for size in (5, 10):
         job(sizes, str(size), 0.5, sample_size=size)
     assert head(sizes) == "| sample_size | k=3 |"

@@ -311,6 +311,23 @@ def test_kept_predictions_say_of_a_pair_what_the_sweep_says(sweep: Path, tmp_pat
     assert found.f1(found.rows["sam"], "a") == expected.f1(rows["sam"], "a")
 
 
+def test_systems_of_two_comparisons_are_paired(sweep: Path, tmp_path: Path, said: Callable[..., str]) -> None:
+    expected = write(sweep, tmp_path / "one")
+    write_run(sweep, "sam", {"a": {"domain": 0, "sampling": 1}, "b": {"domain": 0, "sampling": 1}}, seed=1)
+    changed = write(sweep, tmp_path / "two")
+    sentences = [Sentence(f"s/{i}", TEXT, tuple(Mention(a, b, kind) for kind, a, b in GOLD)) for i in range(2)]
+    gold = {t: {s.id: s for s in sentences} for t in ("a", "b")}
+    comparison, one, other = pairs.chosen((tmp_path / "one", tmp_path / "two"), ("sam", "sam"), gold)
+    before, after = (found.f1(found.rows["SaM"], "a").value for found in (expected, changed))
+    assert comparison.against(one, other, "a")[0].value == pytest.approx(before - after) != 0
+    head = tmp_path / "two" / "main_table.json"
+    for targets, wrong in (({"mini_ai": []}, "hold other targets or sentences"), (None, "has no 'x'; it has 'each'")):
+        for path in (head, tmp_path / "one" / "main_table.json"):
+            known = {"mini_movie": []} if targets is None or path != head else targets
+            path.write_text(json.dumps({**json.loads(path.read_text()), "sentences": known}))
+        assert wrong in said(tmp_path / "one", "sam", "x", "--of", tmp_path / "two")
+
+
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What ``python -m experiments.pairs`` says of a mistake, which is one line."""
