@@ -97,10 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         comparison, one, other = chosen((args.folder, args.of or args.folder), args.systems)
+        of = f" of {args.of}" if args.of else ""
         for target in (*comparison.targets, MEAN):
             points, _ = comparison.against(one, other, target)
             values = [comparison.f1(row, target).value for row in (one, other)]
-            said = f"{one.label} {100 * values[0]:.1f}, {other.label} {100 * values[1]:.1f}"
+            said = f"{one.label} {100 * values[0]:.1f}, {other.label}{of} {100 * values[1]:.1f}"
             print(f"{target}: {said}; {100 * points.value:.1f} [{100 * points.low:.1f}, {100 * points.high:.1f}]")
     except (SamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

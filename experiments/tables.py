@@ -108,22 +108,27 @@ def tables_per_target(jobs: Sequence[Job], spec: Spec) -> list[Table]:
 
 
 def varied(jobs: Sequence[Job], columns: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
-    """The config paths that tell ``jobs`` apart beside ``columns`` and ``over``, by ``merge.name`` if none does.
+    """The config paths that tell ``jobs`` apart beside ``columns``, ``over`` and the target; merge.name if none does.
 
-    What a group's name decides (``merge.density``, where each merge has one) is left out.
+    What a group's name decides (``merge.density``, where each merge has one) is left out. Of jobs that are not finished
+    counts what is known of them.
     """
-    done = finished(jobs)
-    known = dict.fromkeys(path for job in done for path in job.config)
-    others = {config_path(column, known) for column in columns}
-    paths = [path for path in _varying(done) if path not in others and not _is_over(path, over)]
-    names = [path for path in paths if path.endswith(".name")]
+    values: dict[str, list[tuple[Job, str]]] = {}
+    for job in jobs:
+        for path, value in job.config.items():
+            if path.split(".")[0] not in (*RIM, "target"):
+                values.setdefault(path, []).append((job, label(value)))
+    differing = [path for path, found in values.items() if len({value for _, value in found}) > 1]
 
     def decided(path: str) -> bool:
         name = f"{path.partition('.')[0]}.name"
-        both = {(label(job.config.get(name)), label(job.config.get(path))) for job in done}
-        return name in names and path != name and len(both) == len({first for first, _ in both})
+        both = {(label(job.config.get(name)), value) for job, value in values[path]}
+        return path != name and name in differing and len(both) == len({first for first, _ in both})
 
-    return tuple(path for path in paths if not decided(path)) or Spec.rows
+    known = dict.fromkeys(path for job in finished(jobs) for path in job.config)
+    taken = {config_path(column, known) for column in columns}
+    rows = (path for path in differing if path not in taken and not _is_over(path, over) and not decided(path))
+    return tuple(rows) or Spec.rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,13 +226,16 @@ def _targets_and_mean(jobs: Sequence[Job]) -> list[str]:
 
 
 def _places(job: Job, spec: Spec, jobs: Sequence[Job]) -> Iterator[_Place]:
-    """The cells that ``job`` belongs to; none where its value of an axis is not known (some failed jobs)."""
+    """The cells that ``job`` belongs to; none where its value of an axis is not known (some failed jobs), or of
+    another job's target."""
     targets = [spec.target] if spec.target else _targets_and_mean(jobs)
     models = [spec.model] if spec.model else model_names(jobs)
     for target, model in itertools.product(targets, models):
         values = {**job.config, "target": target, "model": model}
-        if all(axis in values for axis in spec.axes):
-            row, column = (tuple(label(values[axis]) for axis in axes) for axes in (spec.rows, spec.columns))
+        if job.state == "done" and target != MEAN and target not in job.targets:
+            continue
+        if job.state == "done" or all(axis in values for axis in spec.axes):
+            row, column = (tuple(label(values.get(axis)) for axis in axes) for axes in (spec.rows, spec.columns))
             yield _Place((row, column), job, target, model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -277,6 +278,37 @@ def test_rows_are_what_the_sweep_varies(tmp_path: Path, capsys: pytest.CaptureFi
     assert head(sizes) == "| sample_size | k=3 |"
     job(one, "a", 0.5)
     assert head(one) == "| merge | k=3 |"
+    for k, (merge, density) in itertools.product((1, 3), (("ties", 0.1), ("dare", 0.5))):
+        job(tmp_path / "grid", f"{merge}{k}", 0.5, k=k, merge={"name": merge, "density": density})
+    assert head(tmp_path / "grid", "--columns", "merge") == "| k | dare | ties |"
+
+
+def test_rows_tell_failed_jobs_from_finished_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(tmp_path, "a", 0.5, selector={"name": "sam"})
+    write_status(tmp_path / "selector=domain", "failed", ["selector=domain"], "killed")
+    assert main([str(tmp_path)]) == 0
+    assert rows_of(capsys.readouterr().out)[2:] == ["| domain | failed |", "| sam | 50.0 |"]
+
+
+def test_jobs_of_different_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``-m target=a,b``: what a target is made of is no axis, and no job is lost."""
+    for target, f1 in (("a", 0.5), ("b", 0.6)):
+        for merge in ("ties", "dare"):
+            sets = {"sets": {target: {"kind": "mini", "path": f"{target}.jsonl"}}}
+            write_job(tmp_path / f"{target},{merge}", {"merge": {"name": merge}, "target": sets}, {target: f1})
+    assert main([str(tmp_path), "--columns", "target"]) == 0
+    assert rows_of(capsys.readouterr().out)[2:] == ["| dare | 50.0 | **60.0** |", "| ties | 50.0 | **60.0** |"]
+    assert main([str(tmp_path), "--target", "b"]) == 0
+    assert rows_of(capsys.readouterr().out)[2:] == ["| dare | 60.0 |", "| ties | 60.0 |"]
+    assert main([str(tmp_path)]) == 2
+    assert "jobs score different targets" in capsys.readouterr().err
+
+
+def test_a_job_without_a_path_keeps_its_row(tmp_path: Path) -> None:
+    job(tmp_path, "a", 0.5, merge={"name": "ties", "density": 0.2})
+    job(tmp_path, "b", 0.6, merge={"name": "linear"})
+    rows = table_text(tmp_path, rows=("merge.name", "merge.density"))
+    assert rows[2:] == ["| linear | none | 60.0 |", "| ties | 0.2 | 50.0 |"]
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,10 @@ layers) on {card.base} (fingerprint {card.base_fingerprint[:12]}). {training["pa
 {2 * training["parameters"] / 1e6:.1f} MB; the paper's estimate, 18HrL, would be {training["18HrL"]:,}.
 
 Trained on {card.sentences} sentences with precision {recipe["precision"]}: {training["steps"]} steps in
-{training["seconds"]:.0f} s on {training["device"]}.
-The recipe (`conf/train`): {stated}.
-
+{training["seconds"]:.0f} s on {training["device"]}. The recipe (`conf/train`; `sentences` a domain): {stated}.
 {_curve(training["curve"])}
-
-Held out: sentences of at most {HELDOUT_CHARACTERS} characters that are not among those trained on, asked for all types
-of their dataset; `expert.json` has span F1 and more. Mean F1 {100 * card.scores.get("mean_f1", 0):.1f}.
+Held out: sentences of at most {HELDOUT_CHARACTERS} characters whose text is not among those trained on, asked for all
+types of their dataset; `expert.json` has span F1 and more.{_mean(card)}
 
 | dataset | licence of the data | held out | P | R | F1 | unparsable | cut off |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
@@ -58,12 +55,18 @@ many, and invents some. The data's licences (some non-commercial) may bear on wh
 
 
 def _curve(points: Sequence[Sequence[float]]) -> str:
-    """Some of the (step, loss), evenly spaced, the first and the last among them."""
+    """Some of the (step, loss), evenly spaced, the first and the last among them; nothing of no points."""
+    if not points:
+        return ""
     last = len(points) - 1
     shown = [points[i] for i in sorted({round(i * last / (CURVE - 1)) for i in range(CURVE)})]
     steps, losses = ([format(point[i], form) for point in shown] for i, form in ((0, "d"), (1, ".2f")))
     rule = "| --- |" + " ---: |" * len(shown)
-    return f"| step | {' | '.join(steps)} |\n{rule}\n| loss | {' | '.join(losses)} |"
+    return f"\n| step | {' | '.join(steps)} |\n{rule}\n| loss | {' | '.join(losses)} |\n"
+
+
+def _mean(card: Card) -> str:
+    return f" Mean F1 {100 * card.scores['mean_f1']:.1f}." if card.scores.get("datasets") else ""
 
 
 def _fold(card: Card) -> str:

@@ -320,12 +320,12 @@ def test_systems_of_two_comparisons_are_paired(sweep: Path, tmp_path: Path, said
     comparison, one, other = pairs.chosen((tmp_path / "one", tmp_path / "two"), ("sam", "sam"), gold)
     before, after = (found.f1(found.rows["SaM"], "a").value for found in (expected, changed))
     assert comparison.against(one, other, "a")[0].value == pytest.approx(before - after) != 0
-    head = tmp_path / "two" / "main_table.json"
-    for targets, wrong in (({"mini_ai": []}, "hold other targets or sentences"), (None, "has no 'x'; it has 'each'")):
-        for path in (head, tmp_path / "one" / "main_table.json"):
-            known = {"mini_movie": []} if targets is None or path != head else targets
-            path.write_text(json.dumps({**json.loads(path.read_text()), "sentences": known}))
-        assert wrong in said(tmp_path / "one", "sam", "x", "--of", tmp_path / "two")
+    heads = [tmp_path / name / "main_table.json" for name in ("one", "two")]
+    for path in heads:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sentences": {"mini_movie": []}}))
+    assert "two has no 'x'; it has 'each'" in said(tmp_path / "one", "sam", "x", "--of", tmp_path / "two")
+    heads[1].write_text(json.dumps({**json.loads(heads[1].read_text()), "sentences": {"mini_ai": []}}))
+    assert "hold other targets or sentences" in said(tmp_path / "one", "sam", "sam", "--of", tmp_path / "two")
 
 
 @pytest.fixture

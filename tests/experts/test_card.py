@@ -12,7 +12,7 @@ import pytest
 
 from sam.base import Base, BaseSpec, fold_hash, identity, staged
 from sam.errors import SamError
-from sam.experts import Card, Pool, modelcard
+from sam.experts import Card, Pool
 from sam.experts.modelcard import write_readme
 from sam.launch import compose
 from sam.prompts import PROMPT_VERSION
@@ -187,13 +187,14 @@ SCORES = {"split": "test", "n": 30, "precision": 0.5, "recall": 0.3809, "f1": 0.
 
 def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     recipe = {"r": 8, "alpha": 16, "epochs": 2, "batch_size": 2, "lr": 0.001, "seed": 5, "label_drop": 0.15}
-    card = make_card("stem", "0123456789abcdef", scores={"datasets": {"stem_one": SCORES}})
+    card = make_card("stem", "0123456789abcdef", scores={"datasets": {"stem_one": SCORES}, "mean_f1": 0.4321})
     write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "bf16-mixed"}))
     text = (tmp_path / "README.md").read_text()
     assert "| stem_one | CC-BY-4.0 | 30 of test | 50.0 | 38.1 | 43.2 | 1 | 2 |\n" in text
     assert "| stem_two | not stated | not measured | – | – | – | – | – |\n" in text
     for part in (
         "r=8, alpha=16",
+        "Mean F1 43.2.",
         "`epochs=2`, `batch_size=2`, `lr=0.001`, `seed=5`, `label_drop=0.15`.",
         "with precision bf16-mixed",
         "fingerprint 0123456789ab)",
@@ -215,10 +216,29 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
         assert f"a JSON object from {told}" in (tmp_path / "README.md").read_text()
 
 
-def test_a_long_curve_is_shown_from_its_first_to_its_last_point() -> None:
-    steps, _, losses = modelcard._curve([[32 * i, i / 10] for i in range(1, 40)]).splitlines()
-    assert steps.split(" | ")[1:] == ["32", "192", "384", "544", "736", "896", "1088", "1248 |"]
-    assert losses.startswith("| loss | 0.10 | 0.60 |") and losses.endswith(" 3.90 |")
+@pytest.mark.parametrize(
+    ("points", "shown"),
+    [
+        (0, []),
+        (1, ["| step | 32 |", "| loss | 0.10 |"]),
+        (2, ["| step | 32 | 64 |", "| loss | 0.10 | 0.20 |"]),
+        (
+            39,
+            [
+                "| step | 32 | 192 | 384 | 544 | 736 | 896 | 1088 | 1248 |",
+                "| loss | 0.10 | 0.60 | 1.20 | 1.70 | 2.30 | 2.80 | 3.40 | 3.90 |",
+            ],
+        ),
+    ],
+)
+def test_a_curve_is_shown_from_its_first_to_its_last_point(tmp_path: Path, points: int, shown: list[str]) -> None:
+    card = make_card("stem", "0123456789abcdef")
+    training = {**card.training, "curve": [[32 * i, i / 10] for i in range(1, points + 1)]}
+    recipe = {"r": 8, "alpha": 16, "precision": "32-true"}
+    write_readme(tmp_path, dataclasses.replace(card, training=training, recipe=recipe))
+    text = (tmp_path / "README.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith(("| step", "| loss"))] == shown
+    assert "Mean F1" not in text  # nothing was held out
 
 
 def test_shipped_readmes_say_what_the_cards_do(tmp_path: Path) -> None:
