@@ -19,8 +19,9 @@ from experiments.collect import MEAN
 from experiments.comparison import Comparison, Row, counts_of
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner import Sentence
+from sam.ner import Pair, Sentence
 from sam.prompts import fold
+from sam.scoring import gold_pairs
 from sam.targets import load_targets
 
 Gold = Mapping[str, Mapping[str, Sentence]]
@@ -66,10 +67,9 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _pairs(sentence: Sentence, places: Sequence[Sequence[Any]]) -> tuple[set[Any], set[Any]]:
+def _pairs(sentence: Sentence, places: Sequence[Sequence[Any]]) -> tuple[set[Pair], set[Any]]:
     """(gold, predicted) pairs; a hash, of what is not in the sentence, is no text and so no gold."""
-    gold = {(m.type, fold(sentence.text[m.start : m.end])) for m in sentence.mentions or ()}
-    return gold, {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in places}
+    return gold_pairs(sentence), {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in places}
 
 
 def chosen(folders: Sequence[Path], systems: Sequence[str], gold: Gold | None = None) -> tuple[Comparison, Row, Row]:

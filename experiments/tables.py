@@ -125,7 +125,7 @@ def varied(jobs: Sequence[Job], columns: Sequence[str], over: Sequence[str]) -> 
         both = {(label(job.config.get(name)), value) for job, value in values[path]}
         return path != name and name in differing and len(both) == len({first for first, _ in both})
 
-    known = dict.fromkeys(path for job in finished(jobs) for path in job.config)
+    known = _paths(jobs)
     taken = {config_path(column, known) for column in columns}
     rows = (path for path in differing if path not in taken and not _is_over(path, over) and not decided(path))
     return tuple(rows) or Spec.rows
@@ -184,7 +184,7 @@ def _make_folder(folder: Path) -> None:
 
 def _checked(spec: Spec, jobs: Sequence[Job]) -> Spec:
     """``spec`` with full paths, default target and model filled in, and every name known to some job."""
-    known = dict.fromkeys(path for job in finished(jobs) for path in job.config)
+    known = _paths(jobs)
     if not spec.rows or not spec.columns:
         raise SamError("rows and columns need one path each at least, such as merge.name and k")
     full = {axis: axis if axis in ("target", "model") else config_path(axis, known) for axis in spec.axes}
@@ -209,6 +209,11 @@ def _checked(spec: Spec, jobs: Sequence[Job]) -> Spec:
             "jobs score different targets, so their means do not compare; give --target, or target as an axis"
         )
     return spec
+
+
+def _paths(jobs: Sequence[Job]) -> list[str]:
+    """The config paths of the finished jobs."""
+    return list(dict.fromkeys(path for job in finished(jobs) for path in job.config))
 
 
 def _check_known(what: str, given: str | None, allowed: Sequence[str]) -> None:

@@ -120,10 +120,10 @@ class Engine:
             progress(len(asked) - len(missing))
         if missing:
             kept.update(self._answer(key, experts, merge, missing, progress))
+        team = frozenset(experts)
         for prompt, name in zip(shown, names, strict=True):
-            siblings = self._siblings[prompt]
-            siblings.pop(frozenset(experts), None)
-            siblings[frozenset(experts)] = kept[name][0]
+            self._siblings[prompt].pop(team, None)
+            self._siblings[prompt][team] = kept[name][0]
         return [
             prompts.predict(text, kept[name][0], types, kept[name][1])
             for (types, text), name in zip(asked, names, strict=True)

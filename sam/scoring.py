@@ -59,7 +59,7 @@ def score(sentences: Sequence[Sentence], predictions: Sequence[Prediction]) -> S
     _check_length(len(sentences), len(predictions))
     for sentence in sentences:
         _check_gold(sentence)
-    gold = [{(entity_type, fold(text)) for entity_type, text in sentence.pairs} for sentence in sentences]
+    gold = [gold_pairs(sentence) for sentence in sentences]
     predicted = [set(prediction.pairs) for prediction in predictions]
     gold_by_type, predicted_by_type, tp_by_type = _count(gold), _count(predicted), _count(_both(gold, predicted))
     return Scores(
@@ -75,6 +75,11 @@ def score(sentences: Sequence[Sentence], predictions: Sequence[Prediction]) -> S
         not_in_sentence=sum(prediction.not_in_sentence for prediction in predictions),
         not_asked=sum(prediction.not_asked for prediction in predictions),
     )
+
+
+def gold_pairs(sentence: Sentence) -> set[Pair]:
+    """The distinct gold pairs of ``sentence``, their texts as they are compared with those of answers."""
+    return {(entity_type, fold(text)) for entity_type, text in sentence.pairs}
 
 
 def pair_f1(gold: Sequence[Collection[Pair]], predicted: Sequence[Collection[Pair]]) -> float:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from experiments import bootstrap
 from experiments.bench.harness import Case, Contestant, Figures, Options, Report, compete, joined, measured
+from experiments.comparison import counts_of
 from sam import grammar, prompts
 from sam.base import Base, BaseSpec, load
 from sam.decoding import DecodeSpec
@@ -24,7 +24,7 @@ from sam.experts.card import Pool
 from sam.launch import compose
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
 from sam.ner import Sentence
-from sam.scoring import score
+from sam.scoring import gold_pairs
 from sam.targets import load_targets
 
 SENTENCES = 200
@@ -149,11 +149,10 @@ def agreement(answers: dict[str, list[Answer]], asked: Sequence[Asked]) -> dict[
 
 
 def _counts(answers: Sequence[Answer], asked: Sequence[Asked]) -> bootstrap.Counts:
-    scores = [
-        score([s], [prompts.predict(s.text, answer.text, types, answer.truncated)])
+    return counts_of(
+        (gold_pairs(s), set(prompts.predict(s.text, answer.text, types, answer.truncated).pairs))
         for answer, (types, s) in zip(answers, asked, strict=True)
-    ]
-    return np.array([[s.tp, s.predicted, s.gold] for s in scores], dtype=np.float64).T
+    )
 
 
 def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any], held: Sequence[Asked] | None = None) -> Work:
