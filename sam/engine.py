@@ -41,8 +41,6 @@ class Engine:
         self._weights: PackedWeights | None = None
         self._applied: str | None = None
         self._drafter = Drafter()
-        # prompt -> experts -> the last answer to it of a merge of them, the latest last
-        self._siblings: dict[str, dict[frozenset[str], str]] = defaultdict(dict)
 
     def begin(self, pool: Pool, store: AnswerStore | None) -> None:
         """Serve another job: its own cards (of the same adapters), store, seconds and counts."""
@@ -120,10 +118,6 @@ class Engine:
             progress(len(asked) - len(missing))
         if missing:
             kept.update(self._answer(key, experts, merge, missing, progress))
-        team = frozenset(experts)
-        for prompt, name in zip(shown, names, strict=True):
-            self._siblings[prompt].pop(team, None)
-            self._siblings[prompt][team] = kept[name][0]
         return [
             prompts.predict(text, kept[name][0], types, kept[name][1])
             for (types, text), name in zip(asked, names, strict=True)
@@ -142,7 +136,9 @@ class Engine:
         names = list(asked)
         parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in asked.values()]
         # Another model's answer to the same prompt is a guess at this one's.
-        earlier = [nearest(self._siblings[prefix + suffix], experts) for prefix, suffix in parts]
+        shown = [AnswerStore.prompt(self.fingerprint, prefix + suffix) for prefix, suffix in parts]
+        siblings = self.store.nearest(shown, experts) if self.store else {}
+        earlier = [siblings.get(prompt, "") for prompt in shown]
         automata = grammar.automata(asked.values()) if self.decoding.constrained else None
         try:
             self._apply(key, experts, merge)
@@ -152,6 +148,7 @@ class Engine:
                     self.counts["decoded"] += 1
                     if self.store:
                         self.store.put(names[index], answer.text, answer.truncated)
+                        self.store.relate(names[index], shown[index], experts)
                     if progress:
                         progress(1)
         except BaseException:
@@ -180,12 +177,3 @@ class Engine:
         if self._weights is not None:
             self._weights.undo()
         self._applied = None
-
-
-def nearest(answers: dict[frozenset[str], str], experts: Sequence[str]) -> str:
-    """Of ``answers``, by experts and the latest last, that of the most similar experts (Jaccard), of equals the latest;
-    "" of none."""
-    asked = frozenset(experts)
-    # Of equals max takes the first.
-    found = max(reversed(answers), key=lambda others: len(others & asked) / len(others | asked), default=None)
-    return "" if found is None else answers[found]

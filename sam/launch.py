@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from sam import sharing
 from sam.console import print_table, say
 from sam.errors import SamError
 from sam.paths import conf_dir
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 FAILED: list[tuple[str, str]] = []
 """(overrides, error) of each job that failed."""
 SWEEP: list[Path] = []
+ELSEWHERE: list[tuple[str, Path]] = []
+"""(overrides, folder) of each job of the sweep that another process came to first."""
 
 
 def register_resolvers() -> None:
@@ -156,23 +159,49 @@ def fail(message: str) -> None:
 
 
 def job(cfg: DictConfig) -> float:
-    """Run the task of ``cfg``; a failure is logged, kept in ``status.json``, and does not stop a sweep."""
+    """Run the task of ``cfg``; a failure is logged, kept in ``status.json``, and does not stop a sweep.
+
+    A sweep's job that another process has is left to it, and gives NaN.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
-    sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    if sweep:
-        SWEEP[:] = [Path(hydra_cfg.sweep.dir).absolute()]
-        say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}")
     quiet()
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        return _run_job(cfg, folder, overrides, None)
+    SWEEP[:] = [Path(hydra_cfg.sweep.dir).absolute()]
+    sharing.regain()
+    with sharing.claimed(folder) as ours:
+        if not ours:
+            say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}: another process's")
+            ELSEWHERE.append((" ".join(overrides), folder))
+            return float("nan")
+        say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}")
+        done = read_finished(folder)
+        value = _run_job(cfg, folder, overrides, SWEEP[0].name)
+    if not done and read_finished(folder):
+        _share(cfg, hydra_cfg)
+    return value
+
+
+def _share(cfg: DictConfig, hydra_cfg: Any) -> None:
+    """Let other processes share the sweep's jobs that are left, where the sweep is one that they can go through too."""
+    parts = (hydra_cfg.sweeper._target_, "BasicSweeper"), (hydra_cfg.launcher._target_, "BasicLauncher")
+    if all(target.endswith(name) for target, name in parts):
+        params = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.params or {}).items()]
+        left = sharing.sweep_jobs(sys.argv[1:], params) - hydra_cfg.job.num - 1
+        sharing.start(cfg.processes, cfg.trainer.accelerator, left, SWEEP[0])
+
+
+def _run_job(cfg: DictConfig, folder: Path, overrides: list[str], group: str | None) -> float:
     try:
         config = plain(cfg)
         if not read_finished(folder):
             write_status(folder, "running", overrides)
-        value = run_task(config, folder, overrides, group=SWEEP[0].name if sweep else None)
+        value = run_task(config, folder, overrides, group)
     except Exception as caught:
         # What a path in the config cannot be read or written for is the user's to mend.
         named = isinstance(caught, OSError) and caught.filename
@@ -237,6 +266,7 @@ def cache_at(folder: str | None) -> Iterator[None]:
 def _run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:
     if config["trainer"]["devices"] != 1:
         raise SamError(f"trainer.devices={config['trainer']['devices']} must be 1; run one job a device instead")
+    sharing.check_processes(config["processes"])
     check_logger(config["logger"])
     if config["task"]["name"] == "train":
         from sam.tasks.train import train
@@ -262,13 +292,33 @@ def quiet() -> None:
 
 def finish() -> int:
     """After all jobs: the sweep's table and the list of failures. Returns the exit status."""
+    if sharing.helps():
+        return 0  # who started it tells of all jobs
     if SWEEP:
+        sharing.join()
+        FAILED.extend(missed())
         print_summary(SWEEP[0])
     elif FAILED:
         return 1
     if FAILED:
         say("\n  ".join([f"{len(FAILED)} of the sweep's jobs failed:", *grouped(FAILED)]))
     return 1 if FAILED else 0
+
+
+def missed() -> list[tuple[str, str]]:
+    """(overrides, error) of the jobs that another process had and did not end; those it still runs are said."""
+    found = []
+    for overrides, folder in ELSEWHERE:
+        state, error = sharing.outcome(folder)
+        if state == "failed":
+            found.append((overrides, error))
+        elif state != "done":
+            with sharing.claimed(folder) as free:
+                if free:
+                    found.append((overrides, "its process ended before it; the same command runs what is left"))
+                else:
+                    say(f"{overrides}: another process still runs it")
+    return found
 
 
 def grouped(failed: Sequence[tuple[str, str]]) -> list[str]:

@@ -24,7 +24,7 @@ SCORES_VERSION = 3
 RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")
 
-RIM = ("logger", "trainer", "answers", "cache", "sweep", "task", "train", "domain")
+RIM = ("logger", "trainer", "answers", "cache", "processes", "sweep", "task", "train", "domain")
 """Config sections that cannot change what is extracted; they stay out of the config hash."""
 
 

@@ -36,6 +36,7 @@ class Runner:
     def command(self, *arguments: str) -> list[str]:
         fixed = ["base=local", f"base.location={self.base}", f"experts.path={self.pool}", "trainer=cpu", "limit=3"]
         fixed += ["target=mini_movie", "decode.max_new_tokens=8", "sample_size=2", "selector=sampling", "logger=none"]
+        fixed += ["processes=1"]
         # Of two values for one key the given one counts.
         given = {a.partition("=")[0] for a in arguments}
         return [

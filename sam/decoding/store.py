@@ -1,11 +1,12 @@
-"""Answers, kept under everything that can change them, and reused within a run and across runs."""
+"""Answers, kept under everything that can change them, and reused within a run and across runs; what
+other models answered to a prompt is found by it, for guesses."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from typing import Any
 from filelock import FileLock
 
 from sam.errors import SamError
+
+SEPARATOR = "\n"
+TABLES = """
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, truncated INTEGER);
+CREATE TABLE IF NOT EXISTS siblings (prompt BLOB, experts TEXT, key TEXT, UNIQUE (prompt, experts));
+"""
+"""``siblings``: of a prompt (and base model) and a set of experts, the key of the last answer of a merge of them."""
 
 
 class AnswerStore:
@@ -30,9 +38,7 @@ class AnswerStore:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 # No waiting for the disk (3 ms an answer): a power failure may lose the last ones, and nothing else.
                 self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, truncated INTEGER)"
-                )
+                self._db.executescript(TABLES)
             except sqlite3.DatabaseError as error:
                 self._db.close()
                 raise SamError(f"{path} cannot be opened ({error}); delete it, or set answers=fresh") from None
@@ -56,6 +62,35 @@ class AnswerStore:
     def put(self, key: str, answer: str, truncated: bool) -> None:
         """Keep an answer: other processes see it at once, and it survives the end of this one."""
         self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, answer, int(truncated)))
+
+    def relate(self, key: str, prompt: bytes, experts: Collection[str]) -> None:
+        """Let the answer of ``key`` be found by :meth:`nearest`: it is that of a merge of ``experts`` to ``prompt``."""
+        joined = SEPARATOR.join(sorted(experts))
+        self._db.execute("INSERT OR REPLACE INTO siblings VALUES (?, ?, ?)", (prompt, joined, key))
+
+    @staticmethod
+    def prompt(base: str, prompt: str) -> bytes:
+        """What names a prompt to the base model of fingerprint ``base``."""
+        return hashlib.sha256(f"{base} {prompt}".encode()).digest()[:16]
+
+    def nearest(self, prompts: Sequence[bytes], experts: Collection[str]) -> dict[bytes, str]:
+        """To each of ``prompts`` that any merge has answered, the answer of the most similar experts (Jaccard), of
+        equals the latest."""
+        found: dict[bytes, tuple[float, str]] = {}
+        asked = set(experts)
+        for start in range(0, len(prompts), 500):
+            part = prompts[start : start + 500]
+            rows = self._db.execute(
+                "SELECT prompt, experts, answer FROM siblings JOIN answers USING (key) "
+                f"WHERE prompt IN ({','.join('?' * len(part))}) ORDER BY siblings.rowid",
+                list(part),
+            )
+            for prompt, joined, answer in rows:
+                others = set(joined.split(SEPARATOR))
+                similarity = len(others & asked) / len(others | asked)
+                if prompt not in found or similarity >= found[prompt][0]:
+                    found[prompt] = (similarity, answer)
+        return {prompt: answer for prompt, (_, answer) in found.items()}
 
     def close(self) -> None:
         """Close the file."""

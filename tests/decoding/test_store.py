@@ -55,6 +55,28 @@ def test_answers_are_kept_and_found_again(tmp_path: Path) -> None:
     again.close()
 
 
+def test_the_nearest_experts_answer_is_found_by_its_prompt(tmp_path: Path) -> None:
+    """Of equals the latest; an answer that is gone, another prompt and another base model give none."""
+    store, other = AnswerStore(tmp_path / "answers.sqlite"), AnswerStore(tmp_path / "answers.sqlite")
+    ada, bath = AnswerStore.prompt("base", "Ada"), AnswerStore.prompt("base", "Bath")
+    for key, experts in (("one", ["a"]), ("two", ["b", "a"]), ("three", ["c"]), ("four", ["a", "b", "c"])):
+        store.put(key, f"answer {key}", False)
+        store.relate(key, ada, experts)
+    store.relate("gone", bath, ["a"])
+    for experts, answer in ((["a"], "one"), (["a", "b"], "two"), (["a", "c"], "four"), (["b"], "two"), ([], "four")):
+        assert other.nearest([bath, ada], experts) == {ada: f"answer {answer}"}, experts
+    store.put("five", "answer five", False)
+    store.relate("five", ada, ["b", "a"])
+    assert other.nearest([ada], ["a", "b"]) == {ada: "answer five"}
+    assert other.nearest([AnswerStore.prompt("other", "Ada")], ["a"]) == {} == other.nearest([], ["a"])
+    many = [AnswerStore.prompt("base", str(i)) for i in range(1203)]
+    for prompt in many[::7]:
+        store.relate("one", prompt, ["a"])
+    assert set(other.nearest(many, ["c"])) == set(many[::7])
+    store.close()
+    other.close()
+
+
 def test_more_keys_than_one_query_takes(tmp_path: Path) -> None:
     store = AnswerStore(tmp_path / "answers.sqlite")
     answers = {f"key {i}": (f"answer {i}", i % 7 == 0) for i in range(1203)}

@@ -1,0 +1,132 @@
+"""Jobs of one sweep shared by processes: who takes which, what is said at the end, and that none outlives the first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sam import sharing
+from sam.base import BaseSpec
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.results import RESULT, STATUS, write_status
+from tests.test_cli import Runner, make_runner, table_rows
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory, tiny_spec: BaseSpec, shared_pool: Pool) -> Runner:
+    return make_runner(tmp_path_factory.mktemp("sharing"), tiny_spec, shared_pool)
+
+
+def test_a_job_is_held_by_one(tmp_path: Path) -> None:
+    folder = tmp_path / "k=1"
+    with sharing.claimed(folder) as ours:
+        assert ours
+        with sharing.claimed(folder) as theirs:
+            assert not theirs
+    with sharing.claimed(folder) as ours:
+        assert ours
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "running"])
+def test_what_ended_while_the_sweep_ran_is_not_taken_again(
+    tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what a killed process left is, and what was done or failed before: the task says what still stands."""
+    write_status(tmp_path, state, ["k=1"], "why" if state == "failed" else None)
+    assert sharing.outcome(tmp_path) == (state, "why" if state == "failed" else "")
+    for begin, taken in ((time.time() - 100, state == "running"), (time.time() + 100, True)):
+        monkeypatch.setattr(sharing, "_BEGIN", begin)
+        with sharing.claimed(tmp_path) as ours:
+            assert ours == taken
+
+
+def test_no_status_or_half_a_one_is_running(tmp_path: Path) -> None:
+    assert sharing.outcome(tmp_path) == ("running", "")
+    (tmp_path / STATUS).write_text('{"state": "do')
+    assert sharing.outcome(tmp_path) == ("running", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "params", "jobs"),
+    [
+        (["-m", "merge=ties,dare,linear", "k=1,2,3,4,6"], [], 15),
+        (["-m", "k=1,2", "limit=3", "hydra.sweep.dir='a,b'"], ["seed=0,1,2"], 6),
+        (["--multirun", "--config-dir", "some,where", "k=range(1,4)"], [], 3),
+        (["-m", "selector.experts=[a,b],[c]"], ["k=1"], 2),
+        (["-m", "k=1"], [], 1),
+    ],
+)
+def test_the_jobs_of_a_command_are_counted(argv: list[str], params: list[str], jobs: int) -> None:
+    assert sharing.sweep_jobs(argv, params) == jobs
+
+
+def test_how_many_processes_share() -> None:
+    assert sharing.wanted(None, True, 2, 1000, 1300) == 2 == sharing.wanted(None, True, 16, 1000, 50000)
+    assert sharing.wanted(None, True, 1, 1000, 1300) == sharing.wanted(None, True, 2, 1000, 1200) == 1
+    assert sharing.wanted(None, False, 16, 1000, 50000) == 1 == sharing.wanted(1, True, 2, 1000, 1300)
+    assert sharing.wanted(4, False, 1, 1000, 0) == 4
+    for good in (None, 1, 7):
+        sharing.check_processes(good)
+    for bad in (0, -1, 1.5, True, "two"):
+        with pytest.raises(SamError, match="processes=.* must be a whole number, at least 1, or null"):
+            sharing.check_processes(bad)
+
+
+def test_two_processes_share_a_sweep(runner: Runner) -> None:
+    """Each job is done once, whoever fails tells why, and the first process's table has all."""
+    done = runner("-m", "merge=linear", "k=1,2,99,3", "selector=sampling", "sweep=two", "processes=2")
+    assert done.returncode == 1
+    assert "2 processes share the jobs" in done.stderr
+    jobs = runner.jobs("two")
+    assert {name: json.loads((folder / STATUS).read_text())["state"] for name, folder in jobs.items()} == {
+        f"k={k},merge=linear,selector=sampling": "failed" if k == 99 else "done" for k in (1, 2, 3, 99)
+    }
+    assert sum((folder / RESULT).is_file() for folder in jobs.values()) == 3
+    log = (runner.home / "outputs" / "sweeps" / "two" / sharing.LOG).read_text()
+    assert "Traceback" not in log + done.stderr
+    said = [line for line in (done.stderr + log).splitlines() if line.startswith("job ")]
+    took = [line for line in said if not line.endswith(": another process's")]
+    assert len(said) >= len(took) == len({line.partition(":")[0] for line in took}) == 4
+    assert len(table_rows(done.stdout[done.stdout.rindex("┏") :], "k=")) == 4
+    assert "1 of the sweep's jobs failed" in done.stderr and "k=99 must be" in done.stderr.splitlines()[-1]
+
+
+def test_none_outlives_the_first(runner: Runner) -> None:
+    """Killed, where it can tidy nothing up: the other one ends, and the same command does the rest."""
+    command = ["-m", "merge=linear", "k=1,2,3,4", "sweep=killed", "processes=2", "limit=20"]
+    with subprocess.Popen(
+        runner.command(*command),
+        cwd=runner.home,
+        env=runner.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        # The bound is there so that a sweep that hangs fails; it is no measure of time.
+        end = time.monotonic() + 300
+        helpers: list[psutil.Process] = []
+        while not helpers and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+            helpers = [child for child in psutil.Process(process.pid).children() if _is_run(child)]
+        os.kill(process.pid, signal.SIGKILL)
+    assert helpers
+    gone, alive = psutil.wait_procs(helpers, timeout=60)
+    assert gone and not alive
+    again = runner(*command)
+    assert again.returncode == 0, again.stderr
+    jobs = runner.jobs("killed")
+    assert len(jobs) == 4 and all((folder / RESULT).is_file() for folder in jobs.values())
+
+
+def _is_run(process: psutil.Process) -> bool:
+    try:
+        return any(part.endswith("run.py") for part in process.cmdline())
+    except psutil.Error:  # gone by now
+        return False
