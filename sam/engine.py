@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from sam import grammar, prompts
+from sam import grammar, prompts, sharing
 from sam.base import Base, BaseSpec, device_of, folder, identity, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.decoding.drafts import Drafter
@@ -25,7 +25,8 @@ SINGLE = MergeSpec("linear")
 
 class Engine:
     """Answers of merged models, kept and reused. ``seconds`` and ``counts`` say what was spent and saved; the stages
-    load, merge and decode of a selection count in ``select`` too.
+    load, merge and decode of a selection count in ``select`` too. Without a ``store`` nothing is kept, and no answer
+    of another model is a guess.
 
     At most one merge is applied to the base at a time; :meth:`reset` undoes it bit for bit.
     """
@@ -134,16 +135,27 @@ class Engine:
         """Decode what is ``asked`` (name to types and text), each answer kept as it comes: a killed run loses none."""
         answers: dict[str, tuple[str, bool]] = {}
         names = list(asked)
+
+        def known(index: int) -> bool:
+            """Another process may have answered since."""
+            found = self.store.get([names[index]]) if self.store else {}
+            answers.update(found)
+            self.counts["reused"] += len(found)
+            if found and progress:
+                progress(1)
+            return bool(found)
+
         parts = [(prompts.prefix(types), prompts.suffix(text)) for types, text in asked.values()]
         # Another model's answer to the same prompt is a guess at this one's.
-        shown = [AnswerStore.prompt(self.fingerprint, prefix + suffix) for prefix, suffix in parts]
+        shown = [AnswerStore.prompt_key(self.fingerprint, prefix + suffix) for prefix, suffix in parts]
         siblings = self.store.nearest(shown, experts) if self.store else {}
         earlier = [siblings.get(prompt, "") for prompt in shown]
         automata = grammar.automata(asked.values()) if self.decoding.constrained else None
         try:
             self._apply(key, experts, merge)
             with self.timed("decode"):
-                for index, answer in stream(self.base, parts, self.decoding, self._drafter, earlier, automata):
+                run = stream(self.base, parts, self.decoding, self._drafter, earlier, automata, known, sharing.helps())
+                for index, answer in run:
                     answers[names[index]] = (answer.text, answer.truncated)
                     self.counts["decoded"] += 1
                     if self.store:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 FAILED: list[tuple[str, str]] = []
 """(overrides, error) of each job that failed."""
 SWEEP: list[Path] = []
-ELSEWHERE: list[tuple[str, Path]] = []
-"""(overrides, folder) of each job of the sweep that another process came to first."""
 
 
 def register_resolvers() -> None:
@@ -161,7 +160,7 @@ def fail(message: str) -> None:
 def job(cfg: DictConfig) -> float:
     """Run the task of ``cfg``; a failure is logged, kept in ``status.json``, and does not stop a sweep.
 
-    A sweep's job that another process has is left to it, and gives NaN.
+    A sweep's job that another process came to first is left to it, and gives NaN.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -177,23 +176,18 @@ def job(cfg: DictConfig) -> float:
     with sharing.claimed(folder) as ours:
         if not ours:
             say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}: another process's")
-            ELSEWHERE.append((" ".join(overrides), folder))
+            sharing.ELSEWHERE.append((" ".join(overrides), folder))
             return float("nan")
         say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}")
-        done = read_finished(folder)
+        failed, begin = len(FAILED), time.monotonic()
         value = _run_job(cfg, folder, overrides, SWEEP[0].name)
-    if not done and read_finished(folder):
-        _share(cfg, hydra_cfg)
+        seconds = time.monotonic() - begin
+    if len(FAILED) == failed:
+        try:
+            sharing.share(hydra_cfg, cfg.processes, cfg.trainer.accelerator, seconds)
+        except Exception as error:  # the sweep goes on alone
+            say(f"its jobs are not shared: {one_line(error)}")
     return value
-
-
-def _share(cfg: DictConfig, hydra_cfg: Any) -> None:
-    """Let other processes share the sweep's jobs that are left, where the sweep is one that they can go through too."""
-    parts = (hydra_cfg.sweeper._target_, "BasicSweeper"), (hydra_cfg.launcher._target_, "BasicLauncher")
-    if all(target.endswith(name) for target, name in parts):
-        params = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.params or {}).items()]
-        left = sharing.sweep_jobs(sys.argv[1:], params) - hydra_cfg.job.num - 1
-        sharing.start(cfg.processes, cfg.trainer.accelerator, left, SWEEP[0])
 
 
 def _run_job(cfg: DictConfig, folder: Path, overrides: list[str], group: str | None) -> float:
@@ -290,35 +284,26 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def left_over() -> bool:
+    """After all jobs of this process: wait for those of others; whether one of these did not do its job to the end."""
+    if sharing.helps():
+        return False
+    sharing.join()
+    return sharing.left_over()
+
+
 def finish() -> int:
     """After all jobs: the sweep's table and the list of failures. Returns the exit status."""
     if sharing.helps():
         return 0  # who started it tells of all jobs
     if SWEEP:
-        sharing.join()
-        FAILED.extend(missed())
+        FAILED.extend(failed for failed in sharing.failed_elsewhere() if failed not in FAILED)
         print_summary(SWEEP[0])
     elif FAILED:
         return 1
     if FAILED:
         say("\n  ".join([f"{len(FAILED)} of the sweep's jobs failed:", *grouped(FAILED)]))
     return 1 if FAILED else 0
-
-
-def missed() -> list[tuple[str, str]]:
-    """(overrides, error) of the jobs that another process had and did not end; those it still runs are said."""
-    found = []
-    for overrides, folder in ELSEWHERE:
-        state, error = sharing.outcome(folder)
-        if state == "failed":
-            found.append((overrides, error))
-        elif state != "done":
-            with sharing.claimed(folder) as free:
-                if free:
-                    found.append((overrides, "its process ended before it; the same command runs what is left"))
-                else:
-                    say(f"{overrides}: another process still runs it")
-    return found
 
 
 def grouped(failed: Sequence[tuple[str, str]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def test_the_most_similar_models_answer_is_the_guess(
     """Of equally similar models the last one's, whichever process it was of; to another prompt there is none."""
     guesses: list[str] = []
 
-    def answering(base: Any, parts: Any, spec: Any, drafter: Any, earlier: list[str], automata: Any) -> Any:
+    def answering(base: Any, parts: Any, spec: Any, drafter: Any, earlier: list[str], *others: Any) -> Any:
         guesses.extend(earlier)
         yield from ((index, Answer(f"answer {len(guesses)}", False)) for index in range(len(parts)))
 
@@ -326,6 +327,23 @@ def test_the_most_similar_models_answer_is_the_guess(
     ):
         engines[number % 2].predict(experts, merge, TYPES, [text])
         assert guesses[-1] == guess, (experts, merge)
+
+
+def test_what_another_process_answers_meanwhile_is_taken(engine: MakeEngine, store: AnswerStore) -> None:
+    one, other = engine(store, replace(SPEC, batch_size=1)), engine(store)
+    done = 0
+
+    def step(more: int) -> None:
+        nonlocal done
+        done += more
+        if more and not counts(other)["decoded"]:
+            other.predict(["news"], SINGLE, TYPES, TEXTS)
+
+    found = one.predict_all(["news"], SINGLE, [(TYPES, text) for text in TEXTS], step)
+    assert found == engine().predict(["news"], SINGLE, TYPES, TEXTS)
+    assert done == len(TEXTS)
+    assert counts(one) == {"decoded": 1, "reused": len(TEXTS) - 1}
+    assert counts(other) == {"decoded": len(TEXTS) - 1, "reused": 1}
 
 
 def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> None:

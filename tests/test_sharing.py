@@ -8,14 +8,19 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from threading import Event, Thread
 
 import psutil
 import pytest
+from filelock import FileLock
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sam import sharing
 from sam.base import BaseSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_status
 from tests.test_cli import Runner, make_runner, table_rows
 
@@ -60,19 +65,33 @@ def test_no_status_or_half_a_one_is_running(tmp_path: Path) -> None:
         (["-m", "merge=ties,dare,linear", "k=1,2,3,4,6"], [], 15),
         (["-m", "k=1,2", "limit=3", "hydra.sweep.dir='a,b'"], ["seed=0,1,2"], 6),
         (["--multirun", "--config-dir", "some,where", "k=range(1,4)"], [], 3),
-        (["-m", "selector.experts=[a,b],[c]"], ["k=1"], 2),
+        (["-m", "selector.experts=[a,b],[c]", "seed=1"], ["k=1", "seed=0,1,2"], 2),
+        (["-m", "merge=glob(*ties)"], [], 3),
         (["-m", "k=1"], [], 1),
     ],
 )
 def test_the_jobs_of_a_command_are_counted(argv: list[str], params: list[str], jobs: int) -> None:
-    assert sharing.sweep_jobs(argv, params) == jobs
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert sharing.sweep_jobs(argv, params) == jobs
+
+
+@pytest.mark.parametrize("name", ["plain", "a b,c", "it's", "back\\slash"])
+def test_a_helper_is_given_the_folder_as_it_is(name: str, tmp_path: Path) -> None:
+    """Among the overrides: options may stand before them and after."""
+    argv = ["-m", "merge=ties,dare", "k=1,2", "--config-dir", "conf2"]
+    found = sharing.helper_argv(argv, tmp_path / name)
+    assert [*found[:1], *found[2:]] == argv
+    (override,) = OverridesParser.create().parse_overrides([found[1]])
+    assert (override.key_or_group, override.value()) == ("hydra.sweep.dir", str(tmp_path / name))
 
 
 def test_how_many_processes_share() -> None:
-    assert sharing.wanted(None, True, 2, 1000, 1300) == 2 == sharing.wanted(None, True, 16, 1000, 50000)
-    assert sharing.wanted(None, True, 1, 1000, 1300) == sharing.wanted(None, True, 2, 1000, 1200) == 1
-    assert sharing.wanted(None, False, 16, 1000, 50000) == 1 == sharing.wanted(1, True, 2, 1000, 1300)
-    assert sharing.wanted(4, False, 1, 1000, 0) == 4
+    worth = sharing.WORTH
+    assert sharing.wanted(None, True, 2, worth, 1000, 1300) == 2 == sharing.wanted(None, True, 16, worth, 1000, 50000)
+    assert sharing.wanted(None, True, 1, worth, 1000, 1300) == 1 == sharing.wanted(None, True, 2, worth, 1000, 1200)
+    assert sharing.wanted(None, True, 2, worth / 2, 1000, 1300) == 1
+    assert sharing.wanted(None, False, 16, worth, 1000, 50000) == 1 == sharing.wanted(1, True, 2, worth, 1000, 1300)
+    assert sharing.wanted(4, False, 1, 0, 1000, 0) == 4
     for good in (None, 1, 7):
         sharing.check_processes(good)
     for bad in (0, -1, 1.5, True, "two"):
@@ -80,8 +99,29 @@ def test_how_many_processes_share() -> None:
             sharing.check_processes(bad)
 
 
-def test_two_processes_share_a_sweep(runner: Runner) -> None:
-    """Each job is done once, whoever fails tells why, and the first process's table has all."""
+def test_jobs_of_another_process_are_waited_for_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {state: tmp_path / state for state in ("done", "failed", "running")}
+    monkeypatch.setattr(sharing, "ELSEWHERE", [(f"k={state}", folder) for state, folder in folders.items()])
+    for state, folder in folders.items():
+        write_status(folder, state, [], "why" if state == "failed" else None)
+    assert sharing.failed_elsewhere() == [("k=failed", "why")]
+    started = Event()
+
+    def run() -> None:
+        with FileLock(folders["running"] / sharing.LOCK):
+            started.set()
+            time.sleep(0.2)
+            write_status(folders["running"], "done", [])
+
+    Thread(target=run).start()
+    assert started.wait(30)
+    sharing.join()
+    assert not sharing.left_over()
+    write_status(folders["running"], "running", [])  # as a killed process leaves it
+    assert sharing.left_over() and not sharing.ELSEWHERE
+
+
+def test_the_first_process_shares_a_sweep_and_tells_of_all_jobs(runner: Runner) -> None:
     done = runner("-m", "merge=linear", "k=1,2,99,3", "selector=sampling", "sweep=two", "processes=2")
     assert done.returncode == 1
     assert "2 processes share the jobs" in done.stderr
@@ -90,18 +130,42 @@ def test_two_processes_share_a_sweep(runner: Runner) -> None:
         f"k={k},merge=linear,selector=sampling": "failed" if k == 99 else "done" for k in (1, 2, 3, 99)
     }
     assert sum((folder / RESULT).is_file() for folder in jobs.values()) == 3
-    log = (runner.home / "outputs" / "sweeps" / "two" / sharing.LOG).read_text()
-    assert "Traceback" not in log + done.stderr
-    said = [line for line in (done.stderr + log).splitlines() if line.startswith("job ")]
-    took = [line for line in said if not line.endswith(": another process's")]
-    assert len(said) >= len(took) == len({line.partition(":")[0] for line in took}) == 4
     assert len(table_rows(done.stdout[done.stdout.rindex("┏") :], "k=")) == 4
     assert "1 of the sweep's jobs failed" in done.stderr and "k=99 must be" in done.stderr.splitlines()[-1]
 
 
+def test_a_helper_does_what_nobody_has_and_ends_well(runner: Runner) -> None:
+    """The first process has k=1, and runs on: the helper leaves it alone."""
+    command = ["-m", "merge=linear", "k=1,2,3", "selector=sampling", "sweep=helped", "processes=2"]
+    first = runner(*command, "hydra.sweep.dir=elsewhere", "limit=1")
+    assert first.returncode == 0, first.stderr
+    (name,) = [path.name for path in (runner.home / "elsewhere").glob("k=1*")]
+    folder = runner.home / "outputs" / "sweeps" / "helped"
+    (folder / name).mkdir(parents=True)
+    with (
+        FileLock(folder / name / sharing.LOCK),
+        subprocess.Popen(
+            runner.command(*command, "limit=1"),
+            cwd=runner.home,
+            env={**runner.environment, sharing.HELPS: str(time.time())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as helper,
+    ):
+        assert helper.stdout is not None
+        said = helper.stdout.read()
+        assert helper.wait() == 0, said
+    assert "Fatal" not in said and "Traceback" not in said and "share the jobs" not in said
+    assert {path.parent.name for path in folder.glob(f"*/{RESULT}")} == {
+        path.parent.name for path in (runner.home / "elsewhere").glob(f"*/{RESULT}")
+    } - {name}
+
+
 def test_none_outlives_the_first(runner: Runner) -> None:
     """Killed, where it can tidy nothing up: the other one ends, and the same command does the rest."""
-    command = ["-m", "merge=linear", "k=1,2,3,4", "sweep=killed", "processes=2", "limit=20"]
+    command = ["-m", "merge=linear", "k=1,2,3,4", "sweep=killed", "processes=2"]
     with subprocess.Popen(
         runner.command(*command),
         cwd=runner.home,
@@ -117,8 +181,10 @@ def test_none_outlives_the_first(runner: Runner) -> None:
             helpers = [child for child in psutil.Process(process.pid).children() if _is_run(child)]
         os.kill(process.pid, signal.SIGKILL)
     assert helpers
-    gone, alive = psutil.wait_procs(helpers, timeout=60)
-    assert gone and not alive
+    while any(_is_run(helper) for helper in helpers) and time.monotonic() < end:
+        time.sleep(0.005)
+    # An orphan that went on would end too, with all jobs done.
+    assert len(list((runner.home / "outputs" / "sweeps" / "killed").glob(f"*/{RESULT}"))) < 4
     again = runner(*command)
     assert again.returncode == 0, again.stderr
     jobs = runner.jobs("killed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,8 +54,13 @@ def stream(
     drafter: Drafter | None = None,
     earlier: Sequence[str] | None = None,
     automata: Sequence[Automaton] | None = None,
+    known: Callable[[int], bool] | None = None,
+    backwards: bool = False,
 ) -> Iterator[tuple[int, Answer]]:
     """(index into ``parts``, answer) as each is done.
+
+    ``known`` is asked right before a prompt's turn whether its answer is no longer wanted; ``backwards`` takes the
+    prompts from the other end. So two processes that share their answers meet in the middle.
 
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
     model's; no answer depends on them. A model without packed layers works as well (see :mod:`sam.decoding.packed`).
@@ -66,7 +71,7 @@ def stream(
     if not parts:
         return
     held = None if automata is None else walks(base, automata)
-    run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts), held)
+    run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts), held, known, backwards)
     while run.waiting or run.rows:
         # Around each pass only: between two answers the model is the caller's.
         with ragged(base.model), torch.inference_mode():
@@ -104,17 +109,24 @@ class _Run:
         drafter: Drafter,
         earlier: Sequence[str],
         held: Sequence[Walk] | None,
+        known: Callable[[int], bool] | None,
+        backwards: bool,
     ) -> None:
-        self.base, self.spec, self.drafter = base, spec, drafter
+        self.base, self.spec, self.drafter, self.known = base, spec, drafter, known
         self.texts, self.earlier = [text for _, text in parts], earlier
         self.language = Language(base.tokenizer, base.stop_ids)
-        heads = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefix for prefix, _ in parts))}
+        turn = -1 if backwards else 1
+        heads = {prefix: number for number, prefix in enumerate(list(dict.fromkeys(p for p, _ in parts))[::turn])}
         self.prefixes = [_ids(base, prefix, special=True) for prefix in heads]
         waiting = []
         for index, (prefix, text) in enumerate(parts):
             waiting.append(_Row(index, heads[prefix], _ids(base, text), held[index] if held else None))
+
         # Prefix by prefix, the longest first: the peak of memory is met early, and neighbours are of a length.
-        self.waiting = sorted(waiting, key=lambda row: (row.prefix, -len(row.suffix), row.index), reverse=True)
+        def order(row: _Row) -> tuple[int, int, int]:
+            return row.prefix, -turn * len(row.suffix), turn * row.index
+
+        self.waiting = sorted(waiting, key=order, reverse=True)
         self.rows: list[_Row] = []
         if not all(self.prefixes) or not all(row.suffix for row in waiting):
             raise SamError("a prompt has no tokens; give each a prefix and a suffix that are not empty")
@@ -132,6 +144,8 @@ class _Run:
         old = self.rows
         new = self._admit()
         self.rows = old + new
+        if not self.rows:
+            return
         least = _worth(len(self.rows), self.base.device)
         for row in self.rows:
             row.draft = self.drafter.guess(row.memory, self.spec.max_new_tokens - len(row.made) - 1, least)
@@ -170,10 +184,14 @@ class _Run:
         new: list[_Row] = []
         size = 0
         while self.waiting and len(self.rows) + len(new) < self.cache.rows:
-            size += len(self.waiting[-1].suffix)
+            row = self.waiting[-1]
+            if self.known and self.known(row.index):
+                self.waiting.pop()
+                continue
+            size += len(row.suffix)
             if new and size > ADMIT:
                 break
-            row = self.waiting.pop()
+            self.waiting.pop()
             row.past = len(self.prefixes[row.prefix])
             row.memory = self._memory(row)
             heads, source = self._prefix(row.prefix)

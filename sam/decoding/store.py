@@ -69,7 +69,7 @@ class AnswerStore:
         self._db.execute("INSERT OR REPLACE INTO siblings VALUES (?, ?, ?)", (prompt, joined, key))
 
     @staticmethod
-    def prompt(base: str, prompt: str) -> bytes:
+    def prompt_key(base: str, prompt: str) -> bytes:
         """What names a prompt to the base model of fingerprint ``base``."""
         return hashlib.sha256(f"{base} {prompt}".encode()).digest()[:16]
 

@@ -70,12 +70,15 @@ def _found(prediction: Prediction) -> dict[str, Any]:
 
 def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
     """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
+    import torch
+
     found = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
     return {
         "targets": targets,
         "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
         "answers": dict(engine.counts),
         "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
+        "threads": torch.get_num_threads(),
         "peak_memory_mb": peak_memory_mb(),
     }
 

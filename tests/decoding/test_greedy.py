@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import pytest
 
@@ -134,6 +135,32 @@ def test_guesses_change_no_answer_and_right_ones_save_passes(stopping: Base) -> 
     half = Fixed(lambda context: [*right(context)[:2], draw.randrange(300), *right(context)[3:]])
     assert streamed(stopping, spec, half) == expected
     assert streamed(stopping, spec, Drafter()) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_what_is_known_by_its_turn_is_left_out(stopping: Base, size: int) -> None:
+    """Some of the prompts, or all: from either end the answers are the same, and whose turn it is is asked in time."""
+    parts = [(prompts.prefix(kind), prompts.suffix(text)) for kind in (TYPES, ["court"]) for text in TEXTS]
+    spec = DecodeSpec(12, size)
+    expected = dict(stream(stopping, parts, spec))
+    for backwards in (False, True):
+        for known in ({0, 3, len(parts) - 1}, set(range(len(parts))), set()):
+            found = dict(stream(stopping, parts, spec, known=known.__contains__, backwards=backwards))
+            assert found == {index: answer for index, answer in expected.items() if index not in known}
+
+
+def test_two_that_share_answers_meet(stopping: Base) -> None:
+    """Each decodes its half: nothing is answered twice but what both have under way."""
+    parts = [(prompts.prefix(kind), prompts.suffix(text)) for kind in (TYPES, ["court"]) for text in TEXTS]
+    expected, found, took = dict(stream(stopping, parts, DecodeSpec(6, 1))), {}, [0, 0]
+    runs = [stream(stopping, parts, DecodeSpec(6, 1), known=found.__contains__, backwards=b) for b in (False, True)]
+    for number in (0, 1) * len(parts):
+        for index, answer in islice(runs[number], 1):
+            assert answer == found.get(index, answer)
+            found[index] = answer
+            took[number] += 1
+    assert found == expected
+    assert sum(took) <= len(parts) + 1 and abs(took[0] - took[1]) <= 1
 
 
 def test_earlier_answers_are_guesses(stopping: Base, tiny: Base) -> None:

@@ -58,7 +58,7 @@ def test_answers_are_kept_and_found_again(tmp_path: Path) -> None:
 def test_the_nearest_experts_answer_is_found_by_its_prompt(tmp_path: Path) -> None:
     """Of equals the latest; an answer that is gone, another prompt and another base model give none."""
     store, other = AnswerStore(tmp_path / "answers.sqlite"), AnswerStore(tmp_path / "answers.sqlite")
-    ada, bath = AnswerStore.prompt("base", "Ada"), AnswerStore.prompt("base", "Bath")
+    ada, bath = AnswerStore.prompt_key("base", "Ada"), AnswerStore.prompt_key("base", "Bath")
     for key, experts in (("one", ["a"]), ("two", ["b", "a"]), ("three", ["c"]), ("four", ["a", "b", "c"])):
         store.put(key, f"answer {key}", False)
         store.relate(key, ada, experts)
@@ -68,8 +68,8 @@ def test_the_nearest_experts_answer_is_found_by_its_prompt(tmp_path: Path) -> No
     store.put("five", "answer five", False)
     store.relate("five", ada, ["b", "a"])
     assert other.nearest([ada], ["a", "b"]) == {ada: "answer five"}
-    assert other.nearest([AnswerStore.prompt("other", "Ada")], ["a"]) == {} == other.nearest([], ["a"])
-    many = [AnswerStore.prompt("base", str(i)) for i in range(1203)]
+    assert other.nearest([AnswerStore.prompt_key("other", "Ada")], ["a"]) == {} == other.nearest([], ["a"])
+    many = [AnswerStore.prompt_key("base", str(i)) for i in range(1203)]
     for prompt in many[::7]:
         store.relate("one", prompt, ["a"])
     assert set(other.nearest(many, ["c"])) == set(many[::7])
