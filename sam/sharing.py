@@ -200,10 +200,12 @@ def join() -> None:
 
 
 def left_over() -> bool:
-    """Whether a job that another process had was left by it, neither done nor failed; all are anybody's again then."""
+    """Whether a job that another process had was left by it, neither done nor failed; if so, going through the sweep
+    once more does these and nothing else."""
     left = [folder for _, folder in ELSEWHERE if outcome(folder)[0] == "running"]
     if left:
         ELSEWHERE.clear()
+        _ours.clear()
     return bool(left)
 
 

@@ -134,37 +134,62 @@ def test_the_first_process_shares_a_sweep_and_tells_of_all_jobs(runner: Runner) 
     assert "1 of the sweep's jobs failed" in done.stderr and "k=99 must be" in done.stderr.splitlines()[-1]
 
 
-def test_a_helper_does_what_nobody_has_and_ends_well(runner: Runner) -> None:
-    """The first process has k=1, and runs on: the helper leaves it alone."""
-    command = ["-m", "merge=linear", "k=1,2,3", "selector=sampling", "sweep=helped", "processes=2"]
-    first = runner(*command, "hydra.sweep.dir=elsewhere", "limit=1")
-    assert first.returncode == 0, first.stderr
-    (name,) = [path.name for path in (runner.home / "elsewhere").glob("k=1*")]
-    folder = runner.home / "outputs" / "sweeps" / "helped"
-    (folder / name).mkdir(parents=True)
-    with (
-        FileLock(folder / name / sharing.LOCK),
-        subprocess.Popen(
-            runner.command(*command, "limit=1"),
+def test_a_job_that_another_process_left_is_done_after_all(runner: Runner) -> None:
+    """One that holds k=1, and is killed when the rest is done."""
+    command = [
+        "-m",
+        "merge=linear",
+        "k=1,2,99",
+        "selector=sampling",
+        "sweep=left",
+        "limit=1",
+        "hydra.sweep.subdir=${k}",
+    ]
+    sweep = runner.home / "outputs" / "sweeps" / "left"
+    write_status(sweep / "1", "running", [])
+    with FileLock(sweep / "1" / sharing.LOCK) as lock:
+        process = subprocess.Popen(
+            runner.command(*command),
             cwd=runner.home,
-            env={**runner.environment, sharing.HELPS: str(time.time())},
-            stdin=subprocess.PIPE,
+            env=runner.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        ) as helper,
-    ):
+        )
+        end = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < end:
+            if [sharing.outcome(sweep / k)[0] for k in ("2", "99")] == ["done", "failed"]:
+                break
+            time.sleep(0.01)
+        assert not (sweep / "1" / RESULT).exists()
+        lock.release()
+        said, _ = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in said
+    assert (sweep / "1" / RESULT).is_file()
+    assert "1 of the sweep's jobs failed" in said and said.count("error: k=99") == 1
+
+
+def test_a_helper_ends_well_and_starts_none(runner: Runner) -> None:
+    command = ["-m", "merge=linear", "k=1,2,3", "selector=sampling", "sweep=helped", "processes=2"]
+    with subprocess.Popen(
+        runner.command(*command),
+        cwd=runner.home,
+        env={**runner.environment, sharing.HELPS: str(time.time())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as helper:
         assert helper.stdout is not None
         said = helper.stdout.read()
         assert helper.wait() == 0, said
-    assert "Fatal" not in said and "Traceback" not in said and "share the jobs" not in said
-    assert {path.parent.name for path in folder.glob(f"*/{RESULT}")} == {
-        path.parent.name for path in (runner.home / "elsewhere").glob(f"*/{RESULT}")
-    } - {name}
+    assert not any(word in said for word in ("Fatal", "Traceback", "share the jobs"))
+    assert all((folder / RESULT).is_file() for folder in runner.jobs("helped").values())
+    assert len(runner.jobs("helped")) == 3
 
 
 def test_none_outlives_the_first(runner: Runner) -> None:
-    """Killed, where it can tidy nothing up: the other one ends, and the same command does the rest."""
+    """Killed, where it can tidy nothing up: the other one ends."""
     command = ["-m", "merge=linear", "k=1,2,3,4", "sweep=killed", "processes=2"]
     with subprocess.Popen(
         runner.command(*command),
@@ -185,10 +210,6 @@ def test_none_outlives_the_first(runner: Runner) -> None:
         time.sleep(0.005)
     # An orphan that went on would end too, with all jobs done.
     assert len(list((runner.home / "outputs" / "sweeps" / "killed").glob(f"*/{RESULT}"))) < 4
-    again = runner(*command)
-    assert again.returncode == 0, again.stderr
-    jobs = runner.jobs("killed")
-    assert len(jobs) == 4 and all((folder / RESULT).is_file() for folder in jobs.values())
 
 
 def _is_run(process: psutil.Process) -> bool:
