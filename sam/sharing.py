@@ -187,12 +187,13 @@ def regain() -> None:
 
 def join() -> None:
     """Wait for the jobs that other processes still run; then the processes that were started have nothing left."""
-    from filelock import FileLock
+    if ELSEWHERE:
+        from filelock import FileLock
 
-    with console().status("Waiting for another process's job"):
-        for _, folder in ELSEWHERE:
-            with FileLock(folder / LOCK):
-                pass
+        with console().status("Waiting for another process's job"):
+            for _, folder in ELSEWHERE:
+                with FileLock(folder / LOCK):
+                    pass
     for process in _started:
         assert process.stdin is not None
         process.stdin.close()
