@@ -26,6 +26,6 @@ if __name__ == "__main__":
     except SamError as error:
         launch.fail(str(error))
     main()
-    if launch.left_over():
+    while launch.left_over():
         main()
     sys.exit(launch.finish())

@@ -182,7 +182,7 @@ def job(cfg: DictConfig) -> float:
         failed, begin = len(FAILED), time.monotonic()
         value = _run_job(cfg, folder, overrides, SWEEP[0].name)
         seconds = time.monotonic() - begin
-    if len(FAILED) == failed:
+    if len(FAILED) == failed and cfg.task.name == "run":  # two trainings could be after one folder
         try:
             sharing.share(hydra_cfg, cfg.processes, cfg.trainer.accelerator, seconds)
         except Exception as error:  # the sweep goes on alone

@@ -1,8 +1,8 @@
 """Jobs of one sweep, shared by the processes that run its command: a job is done by the one that comes to it first.
 
 Several may be started by hand, as one a GPU. On a CPU a sweep starts a second one by itself after its first job: two
-processes on a core each do more than one on two. While two decode as one model, each begins at another end and takes
-from the store what the other has answered, if answers are kept.
+processes on a core each do more than one on two. While two decode as one model, the one that was started begins at
+the other end, and both take from the store what the other has answered, if answers are kept.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def helper_argv(argv: Sequence[str], sweep: Path) -> list[str]:
     """``argv`` with the sweep's folder as it is (what the command makes it of may be the time), among its overrides."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
+    argv = [a for a in argv if not a.startswith("hydra.sweep.dir=")]
     first = argv.index(_overrides(argv)[0])
     return [*argv[:first], f"hydra.sweep.dir={QuotedString(str(sweep), Quote.single).with_quotes()}", *argv[first:]]
 
