@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from sam import grammar, prompts, sharing
+from sam import grammar, prompts
 from sam.base import Base, BaseSpec, device_of, folder, identity, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.decoding.drafts import Drafter
@@ -32,9 +32,17 @@ class Engine:
     """
 
     def __init__(
-        self, spec: BaseSpec, pool: Pool, decoding: DecodeSpec, store: AnswerStore | None, device: str = "auto"
+        self,
+        spec: BaseSpec,
+        pool: Pool,
+        decoding: DecodeSpec,
+        store: AnswerStore | None,
+        device: str = "auto",
+        backwards: bool = False,
     ) -> None:
+        """``backwards``: begin at the last prompt, as the second of two processes with one store should."""
         self.spec, self.pool, self.decoding, self.store = spec, pool, decoding, store
+        self.backwards = backwards
         self.device = device_of("auto") if device == "auto" else device
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
@@ -154,7 +162,7 @@ class Engine:
         try:
             self._apply(key, experts, merge)
             with self.timed("decode"):
-                run = stream(self.base, parts, self.decoding, self._drafter, earlier, automata, known, sharing.helps())
+                run = stream(self.base, parts, self.decoding, self._drafter, earlier, automata, known, self.backwards)
                 for index, answer in run:
                     answers[names[index]] = (answer.text, answer.truncated)
                     self.counts["decoded"] += 1

@@ -49,7 +49,7 @@ def end_with_parent() -> None:
 
     def wait() -> None:
         os.read(0, 1)  # not through sys.stdin, whose lock a waiting thread would keep from the interpreter's end
-        os._exit(1)
+        os._exit(0)  # as it should: nothing is said of it in a second pass over the sweep
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -135,8 +135,9 @@ def sweep_jobs(argv: Sequence[str], params: Sequence[str]) -> int:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
-    parsed = OverridesParser.create(loader).parse_overrides([*params, *_overrides(argv)])
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(
+        [*params, *_overrides(argv)]
+    )
     return sum(map(len, BasicSweeper.split_arguments(parsed, None)))
 
 
@@ -204,11 +205,11 @@ def join() -> None:
 def left_over() -> bool:
     """Whether a job that another process had was left by it, neither done nor failed; if so, going through the sweep
     once more does these and nothing else."""
-    left = [folder for _, folder in ELSEWHERE if outcome(folder)[0] == "running"]
+    left = any(outcome(folder)[0] == "running" for _, folder in ELSEWHERE)
     if left:
         ELSEWHERE.clear()
         _ours.clear()
-    return bool(left)
+    return left
 
 
 def failed_elsewhere() -> list[tuple[str, str]]:

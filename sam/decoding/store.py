@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,8 @@ class AnswerStore:
 
     def get(self, keys: Sequence[str]) -> dict[str, tuple[str, bool]]:
         """The kept ones among ``keys``: key -> (answer, truncated)."""
-        found: dict[str, tuple[str, bool]] = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            marks = ",".join("?" * len(part))
-            rows = self._db.execute(f"SELECT key, answer, truncated FROM answers WHERE key IN ({marks})", list(part))
-            found.update({key: (answer, bool(truncated)) for key, answer, truncated in rows})
-        return found
+        rows = self._rows("SELECT key, answer, truncated FROM answers WHERE key IN ({marks})", keys)
+        return {key: (answer, bool(truncated)) for key, answer, truncated in rows}
 
     def put(self, key: str, answer: str, truncated: bool) -> None:
         """Keep an answer: other processes see it at once, and it survives the end of this one."""
@@ -78,19 +73,22 @@ class AnswerStore:
         equals the latest."""
         found: dict[bytes, tuple[float, str]] = {}
         asked = set(experts)
-        for start in range(0, len(prompts), 500):
-            part = prompts[start : start + 500]
-            rows = self._db.execute(
-                "SELECT prompt, experts, answer FROM siblings JOIN answers USING (key) "
-                f"WHERE prompt IN ({','.join('?' * len(part))}) ORDER BY siblings.rowid",
-                list(part),
-            )
-            for prompt, joined, answer in rows:
-                others = set(joined.split(SEPARATOR))
-                similarity = len(others & asked) / len(others | asked)
-                if prompt not in found or similarity >= found[prompt][0]:
-                    found[prompt] = (similarity, answer)
+        query = (
+            "SELECT prompt, experts, answer FROM siblings JOIN answers USING (key) "
+            "WHERE prompt IN ({marks}) ORDER BY siblings.rowid"
+        )
+        for prompt, joined, answer in self._rows(query, prompts):
+            others = set(joined.split(SEPARATOR))
+            similarity = len(others & asked) / len(others | asked)
+            if prompt not in found or similarity >= found[prompt][0]:
+                found[prompt] = (similarity, answer)
         return {prompt: answer for prompt, (_, answer) in found.items()}
+
+    def _rows(self, query: str, values: Sequence[str] | Sequence[bytes]) -> Iterator[tuple[Any, ...]]:
+        """What ``query`` gives with ``values`` for its ``{marks}``, as many at a time as SQLite takes."""
+        for start in range(0, len(values), 500):
+            part = values[start : start + 500]
+            yield from self._db.execute(query.format(marks=",".join("?" * len(part))), list(part))
 
     def close(self) -> None:
         """Close the file."""

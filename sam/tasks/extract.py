@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam import prompts
+from sam import prompts, sharing
 from sam.base import BaseSpec, device_of
 from sam.combine import check_rule
 from sam.console import console, say
@@ -240,7 +240,7 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
     engine: Engine = _held(
         "engine",
         (engine_facts(planned), planned.pool.path, planned.decode, device),
-        lambda: Engine(planned.base, planned.pool, planned.decode, store, device),
+        lambda: Engine(planned.base, planned.pool, planned.decode, store, device, backwards=sharing.helps()),
     )
     engine.begin(planned.pool, store)
     encoder: Encoder = _held("encoder", planned.encoder, lambda: Encoder(planned.encoder))
