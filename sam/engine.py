@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -163,14 +163,15 @@ class Engine:
             self._apply(key, experts, merge)
             with self.timed("decode"):
                 run = stream(self.base, parts, self.decoding, self._drafter, earlier, automata, known, self.backwards)
-                for index, answer in run:
-                    answers[names[index]] = (answer.text, answer.truncated)
-                    self.counts["decoded"] += 1
-                    if self.store:
-                        self.store.put(names[index], answer.text, answer.truncated)
-                        self.store.relate(names[index], shown[index], experts)
-                    if progress:
-                        progress(1)
+                with closing(run):  # before the weights are given back
+                    for index, answer in run:
+                        answers[names[index]] = (answer.text, answer.truncated)
+                        self.counts["decoded"] += 1
+                        if self.store:
+                            self.store.put(names[index], answer.text, answer.truncated)
+                            self.store.relate(names[index], shown[index], experts)
+                        if progress:
+                            progress(1)
         except BaseException:
             # Whatever stops a run, the base model is handed back as it was.
             self.reset()

@@ -79,16 +79,20 @@ class Vocabulary:
 
     def _grown(self, node: _Node) -> _Node:
         if node.children is None:
-            node.children, low = {}, node.low
+            # Whole before it is seen: another thread may come to the same node, and grows the same.
+            tokens: list[int] = []
+            children: dict[int, _Node] = {}
+            low = node.low
             while low < node.high and len(self._sorted[low]) == node.depth:
-                node.tokens.append(self._tokens[low])
+                tokens.append(self._tokens[low])
                 low += 1
             while low < node.high:
                 byte = self._sorted[low][node.depth]
                 following = self._sorted[low][: node.depth] + bytes([byte + 1]) if byte < 255 else None
                 high = bisect_left(self._sorted, following, low, node.high) if following else node.high
-                node.children[byte] = _Node(low, high, node.depth + 1)
+                children[byte] = _Node(low, high, node.depth + 1)
                 low = high
+            node.tokens, node.children = tokens, children
         return node
 
 

@@ -98,14 +98,14 @@ class _Followers:
 
     def add(self, token: int) -> None:
         self.counts[token] = self.counts.get(token, 0) + 1
-        self.total += 1
         if self.counts[token] >= self.counts.get(self.best, 0):
             self.best = token
+        self.total += 1  # last: another thread may be looking
 
 
 class Drafter:
     """Guesses, and how often each kind of guess has been right. One drafter may serve many models in turn, all of one
-    tokenizer."""
+    tokenizer, and several threads at once (which may lose a count, as only guesses hang on)."""
 
     def __init__(self) -> None:
         self._followers: dict[tuple[int, ...], _Followers] = {}
@@ -161,7 +161,7 @@ class Drafter:
                 break
         for order in CONTEXTS:
             followers = self._followers.get(context[-order:]) if len(context) >= order else None
-            if followers is not None:
+            if followers is not None and followers.total:
                 often = followers.counts[followers.best] / (followers.total + 1)
                 if often > rate:
                     token, rate, source = followers.best, often, None

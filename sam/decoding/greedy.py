@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -56,11 +58,16 @@ def stream(
     automata: Sequence[Automaton] | None = None,
     known: Callable[[int], bool] | None = None,
     backwards: bool = False,
-) -> Iterator[tuple[int, Answer]]:
+) -> Generator[tuple[int, Answer], None, None]:
     """(index into ``parts``, answer) as each is done.
 
-    ``known`` is asked right before a prompt's turn whether its answer is no longer wanted; ``backwards`` takes the
-    prompts from the other end. So two processes that share their answers meet in the middle.
+    ``known`` is asked right before a prompt's turn, in any thread, one at a time, whether its answer is no longer
+    wanted; ``backwards`` takes the prompts from the other end. So two processes that share their answers meet in the
+    middle.
+
+    A CPU's threads work in two lanes, a running batch each, if there is more than one batch to do: half the threads on
+    each of two products lose less in waiting for each other than all of them on one. The model is the lanes' until the
+    iterator has ended or is closed.
 
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
     model's; no answer depends on them. A model without packed layers works as well (see :mod:`sam.decoding.packed`).
@@ -71,12 +78,59 @@ def stream(
     if not parts:
         return
     held = None if automata is None else walks(base, automata)
-    run = _Run(base, parts, spec, drafter or Drafter(), earlier or [""] * len(parts), held, known, backwards)
-    while run.waiting or run.rows:
+    waiting = _Waiting(base, parts, earlier or [""] * len(parts), held, known, backwards)
+    drafter = drafter or Drafter()
+    lanes = [_Lane(base, waiting, spec, drafter) for _ in range(_lanes(base, spec, len(parts)))]
+    if len(lanes) > 1:
+        with ragged(base.model):
+            yield from _side_by_side(lanes, torch.get_num_threads())
+    while lanes[0].busy():
         # Around each pass only: between two answers the model is the caller's.
-        with ragged(base.model), torch.inference_mode():
-            run.step()
-        yield from run.done()
+        with ragged(base.model):
+            found = lanes[0].step()
+        yield from found
+
+
+def _lanes(base: Base, spec: DecodeSpec, prompts: int) -> int:
+    """Two where that pays, unless rounding hangs on which prompts share a batch."""
+    wide = torch.device(base.device).type == "cpu" and torch.get_num_threads() > 1
+    return 2 if wide and base.model.dtype == torch.float32 and prompts > spec.batch_size else 1
+
+
+def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, Answer]]:
+    """What the lanes answer, each in a thread of its own with its share of the ``threads`` of this one."""
+    found: SimpleQueue[tuple[int, Answer] | BaseException | None] = SimpleQueue()
+    stop = threading.Event()
+
+    def work(lane: _Lane) -> None:
+        try:
+            torch.set_num_threads(threads // len(lanes))  # of this thread
+            while lane.busy() and not stop.is_set():
+                for answer in lane.step():
+                    found.put(answer)
+        except BaseException as error:
+            found.put(error)
+        finally:
+            found.put(None)
+
+    workers = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in lanes]
+    for worker in workers:
+        worker.start()
+    try:
+        at_work = len(workers)
+        while at_work:
+            what = found.get()
+            if isinstance(what, BaseException):
+                raise what
+            if what is None:
+                at_work -= 1
+            else:
+                yield what
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+        torch.set_num_threads(threads)  # what threads that are yet to come begin with
 
 
 @dataclass
@@ -98,54 +152,71 @@ class _Row:
         return [*(self.made[-1:] or self.suffix), *self.draft]
 
 
-class _Run:
-    """The running batch: row n of ``rows`` has row n of the cache."""
+class _Waiting:
+    """The prompts whose turn is to come, for one or more lanes."""
 
     def __init__(
         self,
         base: Base,
         parts: Sequence[tuple[str, str]],
-        spec: DecodeSpec,
-        drafter: Drafter,
         earlier: Sequence[str],
         held: Sequence[Walk] | None,
         known: Callable[[int], bool] | None,
         backwards: bool,
     ) -> None:
-        self.base, self.spec, self.drafter, self.known = base, spec, drafter, known
-        self.texts, self.earlier = [text for _, text in parts], earlier
-        self.language = Language(base.tokenizer, base.stop_ids)
+        self.texts, self.earlier, self.known = [text for _, text in parts], earlier, known
         turn = -1 if backwards else 1
         heads = {prefix: number for number, prefix in enumerate(list(dict.fromkeys(p for p, _ in parts))[::turn])}
         self.prefixes = [_ids(base, prefix, special=True) for prefix in heads]
-        waiting = []
+        rows = []
         for index, (prefix, text) in enumerate(parts):
-            waiting.append(_Row(index, heads[prefix], _ids(base, text), held[index] if held else None))
+            rows.append(_Row(index, heads[prefix], _ids(base, text), held[index] if held else None))
 
         # Prefix by prefix, the longest first: the peak of memory is met early, and neighbours are of a length.
         def order(row: _Row) -> tuple[int, int, int]:
             return row.prefix, -turn * len(row.suffix), turn * row.index
 
-        self.waiting = sorted(waiting, key=order, reverse=True)
-        self.rows: list[_Row] = []
-        if not all(self.prefixes) or not all(row.suffix for row in waiting):
+        self.rows = sorted(rows, key=order, reverse=True)
+        if not all(self.prefixes) or not all(row.suffix for row in rows):
             raise SamError("a prompt has no tokens; give each a prefix and a suffix that are not empty")
+        self.longest = max(len(self.prefixes[row.prefix]) + len(row.suffix) for row in rows)
+        self._turn = threading.Lock()
+
+    def next(self, room: int | None) -> _Row | None:
+        """The next row, if it brings at most ``room`` tokens (None: any number) beside its prefix's."""
+        with self._turn:
+            while self.rows and (room is None or len(self.rows[-1].suffix) <= room):
+                row = self.rows.pop()
+                if not (self.known and self.known(row.index)):
+                    return row
+        return None
+
+
+class _Lane:
+    """A running batch: row n of ``rows`` has row n of the cache."""
+
+    def __init__(self, base: Base, waiting: _Waiting, spec: DecodeSpec, drafter: Drafter) -> None:
+        self.base, self.waiting, self.spec, self.drafter = base, waiting, spec, drafter
+        self.language = Language(base.tokenizer, base.stop_ids)
+        self.rows: list[_Row] = []
         config = base.model.config.get_text_config()
         self.share = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
-        slots = max(len(self.prefixes[row.prefix]) + len(row.suffix) for row in waiting) + spec.max_new_tokens
-        self.cache = KeyValues(min(spec.batch_size, len(parts)), slots)
+        slots = waiting.longest + spec.max_new_tokens
+        self.cache = KeyValues(min(spec.batch_size, len(waiting.rows)), slots)
         self.shared: dict[int, tuple[KeyValues, int]] = {}  # prefix -> where it was run, once for all rows with it
-        self._ended: list[_Row] = []
 
-    def step(self) -> None:
-        """One forward pass: the rows under way go on, waiting ones join."""
-        old = self.rows
-        new = self._admit()
-        self.rows = old + new
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.waiting.rows or self.rows)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Answer]]:
+        """One forward pass: the rows under way go on, waiting ones join. Returns the answers that it ends."""
+        self.rows = self.rows + self._admit()
         if not self.rows:
-            return
+            return []
         least = _worth(len(self.rows), self.base.device)
         for row in self.rows:
             row.draft = self.drafter.guess(row.memory, self.spec.max_new_tokens - len(row.made) - 1, least)
@@ -166,33 +237,19 @@ class _Run:
             chosen = likeliest[asked]
             self._advance(row, row.walk.choose(row.draft, chosen, logits[asked]) if row.walk else chosen)
             at = asked.stop
-        for place in reversed(range(len(self.rows))):
-            if self.rows[place].ended:
-                self._leave(place)
-
-    def done(self) -> Iterator[tuple[int, Answer]]:
-        """The answers that the last pass ended."""
-        for row in self._ended:
-            stopped = row.made[-1] in self.language.stops
-            made = row.made[:-1] if stopped else row.made
-            text = row.walk.text(made) if row.walk else self.base.tokenizer.decode(made, skip_special_tokens=True)
-            yield row.index, Answer(text, truncated=not stopped)
-        self._ended = []
+        ended = [place for place, row in enumerate(self.rows) if row.ended]
+        return [self._leave(place) for place in reversed(ended)]
 
     def _admit(self) -> list[_Row]:
         """Waiting rows for which there is room, their prefixes in the cache."""
         new: list[_Row] = []
         size = 0
-        while self.waiting and len(self.rows) + len(new) < self.cache.rows:
-            row = self.waiting[-1]
-            if self.known and self.known(row.index):
-                self.waiting.pop()
-                continue
-            size += len(row.suffix)
-            if new and size > ADMIT:
+        while len(self.rows) + len(new) < self.cache.rows:
+            row = self.waiting.next(ADMIT - size if new else None)
+            if row is None:
                 break
-            self.waiting.pop()
-            row.past = len(self.prefixes[row.prefix])
+            size += len(row.suffix)
+            row.past = len(self.waiting.prefixes[row.prefix])
             row.memory = self._memory(row)
             heads, source = self._prefix(row.prefix)
             self.cache.copy_from(heads, source, len(self.rows) + len(new), row.past)
@@ -201,16 +258,16 @@ class _Run:
 
     def _memory(self, row: _Row) -> Memory:
         """What a row's guesses come from."""
-        earlier = self.earlier[row.index]
+        earlier = self.waiting.earlier[row.index]
         known = [*_ids(self.base, earlier), self.base.stop_ids[0]] if earlier else []
-        return Memory(self.language, self.texts[row.index], row.suffix, known)
+        return Memory(self.language, self.waiting.texts[row.index], row.suffix, known)
 
     def _prefix(self, number: int) -> tuple[KeyValues, int]:
         """Keys and values of a prefix, and their row; prefixes whose rows come next are run in the same pass."""
         if number not in self.shared:
-            ids = self.prefixes[number : number + 1]
+            ids = self.waiting.prefixes[number : number + 1]
             # As many as a pass takes when all are as long as the longest: rows of the cache are.
-            for other in self.prefixes[number + 1 :]:
+            for other in self.waiting.prefixes[number + 1 :]:
                 if (len(ids) + 1) * max(len(other), *map(len, ids)) > ADMIT:
                     break
                 ids.append(other)
@@ -246,13 +303,16 @@ class _Run:
                 break
         self.drafter.learn(row.memory, right, row.made[before:])
 
-    def _leave(self, place: int) -> None:
-        """Take an ended row out; the last row moves into its place."""
-        self._ended.append(self.rows[place])
-        last = self.rows.pop()
+    def _leave(self, place: int) -> tuple[int, Answer]:
+        """Take an ended row out, for its answer; the last row moves into its place."""
+        row, last = self.rows[place], self.rows.pop()
         if place < len(self.rows):
             self.cache.move(len(self.rows), place, last.past)
             self.rows[place] = last
+        stopped = row.made[-1] in self.language.stops
+        made = row.made[:-1] if stopped else row.made
+        text = row.walk.text(made) if row.walk else self.base.tokenizer.decode(made, skip_special_tokens=True)
+        return row.index, Answer(text, truncated=not stopped)
 
 
 def _worth(rows: int, device: str) -> float:

@@ -17,6 +17,7 @@ same result to the bit whatever else is in the batch.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any, cast
@@ -206,24 +207,33 @@ def products(mode: str, dtype: str, device: str) -> str:
     return f"{found} in blocks" if found.startswith(("bfloat16", "float16")) and has_amx() else found
 
 
+class _Held(threading.local):
+    """An input, and those parts of its result that are yet to be taken."""
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+        self.parts: dict[int, Tensor] = {}
+
+
 class _Together:
     """Layers of one input, multiplied as one when the first of them is asked; each takes its own part of the result.
 
-    The input must not be changed in place before all have: decoders call them one after the other on one tensor.
+    The input must not be changed in place before all have: decoders call them one after the other on one tensor, each
+    thread for itself.
     """
 
     def __init__(self, linear: Linear, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes
-        self._input: Tensor | None = None
-        self._parts: dict[int, Tensor] = {}
+        self._held = _Held()
 
     def part(self, number: int, x: Tensor) -> Tensor:
-        if x is not self._input or number not in self._parts:
-            self._input = x
-            self._parts = dict(enumerate(self.linear(x).split(self.sizes, -1)))
-        found = self._parts.pop(number)
-        if not self._parts:
-            self._input = None
+        held = self._held
+        if x is not held.input or number not in held.parts:
+            held.input = x
+            held.parts = dict(enumerate(self.linear(x).split(self.sizes, -1)))
+        found = held.parts.pop(number)
+        if not held.parts:
+            held.input = None
         return found
 
 

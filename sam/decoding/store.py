@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS siblings (prompt BLOB, experts TEXT, key TEXT, UNIQUE
 
 
 class AnswerStore:
-    """A SQLite file of raw answers; several processes may use it at once."""
+    """A SQLite file of raw answers; several processes, and threads of one, may use it at once."""
 
     def __init__(self, path: Path | None) -> None:
         """``path`` None: in memory, for as long as the store lives."""
@@ -33,7 +33,7 @@ class AnswerStore:
         # SQLite does not wait for its turn to change the journal's mode, whatever the timeout.
         turn = nullcontext() if path is None else FileLock(f"{path}.lock")
         with turn:
-            self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+            self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None, check_same_thread=False)
             try:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 # No waiting for the disk (3 ms an answer): a power failure may lose the last ones, and nothing else.

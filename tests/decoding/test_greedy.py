@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
-from itertools import islice
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, product
 
 import pytest
+import torch
 
 from sam import prompts
 from sam.base import Base
@@ -196,3 +199,95 @@ def test_smollm2_answers_are_those_of_generate_at_every_batch_size(smollm: Base)
     for size in (1, 6):
         assert decode(smollm, TYPES, texts, DecodeSpec(24, size)) == expected
     assert len({a.text for a in expected}) > 3
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Enough for two lanes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+PARTS = [(prompts.prefix(kind), prompts.suffix(text)) for kind in (TYPES, ["court"]) for text in TEXTS]
+
+
+@pytest.fixture
+def lanes(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The threads that passes were run in; neither lane begins before both do."""
+    both, seen, step = threading.Barrier(2, timeout=60), set(), greedy._Lane.step
+
+    def watched(self: greedy._Lane) -> list[tuple[int, Answer]]:
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            both.wait()
+        assert torch.get_num_threads() == 1
+        return step(self)
+
+    monkeypatch.setattr(greedy._Lane, "step", watched)
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 3, 19])
+def test_two_lanes_answer_as_one(stopping: Base, lanes: set[int], size: int) -> None:
+    expected = {
+        i: oracle(stopping, text, 12, kind) for i, (kind, text) in enumerate(product((TYPES, ["court"]), TEXTS))
+    }
+    found = list(stream(stopping, PARTS, DecodeSpec(12, size)))
+    assert len(found) == len(PARTS) and dict(found) == expected
+    assert len(lanes) == 2 and torch.get_num_threads() == 2
+    later: list[int] = []
+    worker = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    worker.start()
+    worker.join()
+    assert later == [2]
+
+
+def test_what_is_known_is_asked_once_by_two_lanes(stopping: Base, lanes: set[int]) -> None:
+    asked: list[int] = []
+
+    def known(index: int) -> bool:
+        asked.append(index)
+        return index % 3 == 0
+
+    found = dict(stream(stopping, PARTS, DecodeSpec(12, 2), known=known))
+    assert sorted(asked) == list(range(len(PARTS))) and sorted(found) == [i for i in range(len(PARTS)) if i % 3]
+    assert len(lanes) == 2
+
+
+def test_an_error_in_a_lane_is_the_callers_and_ends_both(stopping: Base, lanes: set[int]) -> None:
+    before = stopping.model.config._attn_implementation
+
+    def known(index: int) -> bool:
+        if index == 5:
+            raise OSError("the disk is full")
+        return False
+
+    with pytest.raises(OSError, match="the disk is full"):
+        dict(stream(stopping, PARTS, DecodeSpec(12, 2), known=known))
+    assert stopping.model.config._attn_implementation == before
+    assert not lanes & {thread.ident for thread in threading.enumerate()}
+
+
+def test_lanes_end_with_their_iterator(stopping: Base, lanes: set[int]) -> None:
+    before = stopping.model.config._attn_implementation
+    asked: list[int] = []
+    run = stream(stopping, PARTS * 20, DecodeSpec(12, 2), known=lambda index: bool(asked.append(index)))
+    next(run)
+    run.close()
+    assert stopping.model.config._attn_implementation == before
+    assert not lanes & {thread.ident for thread in threading.enumerate()}
+    assert len(asked) < 20 * len(PARTS)
+
+
+def test_one_lane_where_two_do_not_pay(stopping: Base, tiny: Base, two_threads: None) -> None:
+    """For one batch; where rounding hangs on a prompt's company, as in half precision and on a GPU; on one thread."""
+    spec = DecodeSpec(12, 4)
+    assert greedy._lanes(stopping, spec, 5) == 2
+    assert greedy._lanes(stopping, spec, 4) == 1
+    half = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model).to(torch.bfloat16))
+    assert greedy._lanes(half, spec, 5) == 1
+    assert greedy._lanes(dataclasses.replace(tiny, device="cuda"), spec, 5) == 1
+    torch.set_num_threads(1)
+    assert greedy._lanes(stopping, spec, 5) == 1

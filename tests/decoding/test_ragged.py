@@ -103,7 +103,7 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
     """The sum of a product's terms must not depend on what else is in the pass (LEAST, STRIDE and CHUNK see to it)."""
     prefixes = [prompts.prefix(TYPES), prompts.prefix([f"kind {n}" for n in range(30)])]
     parts = [(p, prompts.suffix(t)) for t in (*TEXTS[:3], TEXTS[3] * 9) for p in prefixes]
-    forward, seen = greedy._Run._forward, {}
+    forward, seen = greedy._Lane._forward, {}
 
     def watched(self: Any, cache: Any, rows: Any, ids: Any, keep: Any) -> torch.Tensor:
         logits = forward(self, cache, rows, ids, keep)
@@ -112,7 +112,7 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
             seen.update({place: logits[n].clone() for n, place in enumerate(places)})
         return logits
 
-    monkeypatch.setattr(greedy._Run, "_forward", watched)
+    monkeypatch.setattr(greedy._Lane, "_forward", watched)
     found = []
     with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])
