@@ -33,6 +33,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Gives torch a number of threads for a test; with two, more prompts than a batch are decoded in two lanes."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: Callable[[int], None]) -> None:
+    threads(1)
+
+
+@pytest.fixture
+def two_threads(threads: Callable[[int], None]) -> None:
+    threads(2)
+
+
 @pytest.fixture(scope="session")
 def real_cache(own_cache: Path) -> Path:
     """The tests' cache with the models in it that the user's cache holds converted, so that none is converted again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -329,6 +330,7 @@ def test_the_most_similar_models_answer_is_the_guess(
         assert guesses[-1] == guess, (experts, merge)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_what_another_process_answers_meanwhile_is_taken(engine: MakeEngine, store: AnswerStore) -> None:
     one, other = engine(store, replace(SPEC, batch_size=1)), engine(store)
     done = 0
@@ -346,9 +348,13 @@ def test_what_another_process_answers_meanwhile_is_taken(engine: MakeEngine, sto
     assert counts(other) == {"decoded": len(TEXTS) - 1, "reused": 1}
 
 
-def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> None:
-    one = engine()
-    before = one.base.model.config._attn_implementation
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_between_answers_gives_attention_back(
+    engine: MakeEngine, threads: Callable[[int], None], count: int
+) -> None:
+    threads(count)
+    one = engine(None, replace(SPEC, batch_size=1))
+    before, running = one.base.model.config._attn_implementation, threading.active_count()
 
     def stops(done: int) -> None:
         if one.counts["decoded"] or done:
@@ -359,6 +365,7 @@ def test_an_error_between_answers_gives_attention_back(engine: MakeEngine) -> No
     # The traceback, which is alive here, holds the frames of the run.
     assert kept.tb is not None
     assert one.base.model.config._attn_implementation == before
+    assert threading.active_count() == running
 
 
 def test_an_answer_is_kept_before_the_next_one_is_awaited(

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, product
 
 import pytest
@@ -81,6 +81,7 @@ def streamed(base: Base, spec: DecodeSpec, drafter: Drafter, texts: Sequence[str
     return [found[i] for i in range(len(texts))]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_rows_leave_when_they_end_and_others_take_their_place(stopping: Base) -> None:
     with passes(stopping) as tokens:
         answers = streamed(stopping, DecodeSpec(30, 4), Silent())
@@ -152,6 +153,7 @@ def test_what_is_known_by_its_turn_is_left_out(stopping: Base, size: int) -> Non
             assert found == {index: answer for index, answer in expected.items() if index not in known}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_that_share_answers_meet(stopping: Base) -> None:
     """Each decodes its half: nothing is answered twice but what both have under way."""
     parts = [(prompts.prefix(kind), prompts.suffix(text)) for kind in (TYPES, ["court"]) for text in TEXTS]
@@ -199,15 +201,6 @@ def test_smollm2_answers_are_those_of_generate_at_every_batch_size(smollm: Base)
     for size in (1, 6):
         assert decode(smollm, TYPES, texts, DecodeSpec(24, size)) == expected
     assert len({a.text for a in expected}) > 3
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Enough for two lanes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 PARTS = [(prompts.prefix(kind), prompts.suffix(text)) for kind in (TYPES, ["court"]) for text in TEXTS]

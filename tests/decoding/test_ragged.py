@@ -150,6 +150,7 @@ def test_attention_in_fp32_between_layers_in_bf16(tiny: Base, monkeypatch: pytes
     assert kept == {torch.float32}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_attention_is_given_back(tiny: Base) -> None:
     before = tiny.model.config._attn_implementation
     ids = torch.tensor([[5, 6, 7]])
