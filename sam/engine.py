@@ -111,7 +111,7 @@ class Engine:
     ) -> list[Prediction]:
         """As :meth:`predict`, for (types, text) that may differ in their types.
 
-        ``progress`` is called with numbers of texts done.
+        ``progress`` is called with numbers of texts done, from more than one thread.
         """
         key, canonical = self.key(experts, merge), self._decoding()
         shown = [prompts.render(types, text) for types, text in asked]
@@ -140,7 +140,8 @@ class Engine:
         asked: Mapping[str, tuple[tuple[str, ...], str]],
         progress: Callable[[int], None] | None,
     ) -> dict[str, tuple[str, bool]]:
-        """Decode what is ``asked`` (name to types and text), each answer kept as it comes: a killed run loses none."""
+        """Decode what is ``asked`` (name to types and text), each answer kept as it comes: a killed run loses at most
+        those of the last pass."""
         answers: dict[str, tuple[str, bool]] = {}
         names = list(asked)
 

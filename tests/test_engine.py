@@ -354,7 +354,7 @@ def test_an_error_between_answers_gives_attention_back(
 ) -> None:
     threads(count)
     one = engine(None, replace(SPEC, batch_size=1))
-    before, running = one.base.model.config._attn_implementation, threading.active_count()
+    before, running = one.base.model.config._attn_implementation, set(threading.enumerate())
 
     def stops(done: int) -> None:
         if one.counts["decoded"] or done:
@@ -365,7 +365,7 @@ def test_an_error_between_answers_gives_attention_back(
     # The traceback, which is alive here, holds the frames of the run.
     assert kept.tb is not None
     assert one.base.model.config._attn_implementation == before
-    assert threading.active_count() == running
+    assert not [t for t in set(threading.enumerate()) - running if t.name.endswith("(work)")]
 
 
 def test_an_answer_is_kept_before_the_next_one_is_awaited(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from sam import grammar, prompts
 from sam.base import Base
 from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Language, Memory
+from sam.decoding.packed import packs
 from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
 from sam.errors import SamError
@@ -65,9 +67,9 @@ def stream(
     wanted; ``backwards`` takes the prompts from the other end. So two processes that share their answers meet in the
     middle.
 
-    A CPU's threads work in two lanes, a running batch each, if there is more than one batch to do: half the threads on
-    each of two products lose less in waiting for each other than all of them on one. The model is the lanes' until the
-    iterator has ended or is closed.
+    A CPU's threads work in two lanes, a running batch each, if there is more than one batch to do in fp32: half the
+    threads on each of two products lose less in waiting for each other than all of them on one. The model is the lanes'
+    until the iterator has ended or is closed.
 
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
     model's; no answer depends on them. A model without packed layers works as well (see :mod:`sam.decoding.packed`).
@@ -92,9 +94,12 @@ def stream(
 
 
 def _lanes(base: Base, spec: DecodeSpec, prompts: int) -> int:
-    """Two where that pays, unless rounding hangs on which prompts share a batch."""
-    wide = torch.device(base.device).type == "cpu" and torch.get_num_threads() > 1
-    return 2 if wide and base.model.dtype == torch.float32 and prompts > spec.batch_size else 1
+    """Two where that pays, unless rounding hangs on which prompts share a batch, as it may but in packed layers."""
+    if torch.device(base.device).type != "cpu" or torch.get_num_threads() < 2 or prompts <= spec.batch_size:
+        return 1
+    # A process, or a thread that OpenMP has bound, may be held to one core, and all that it starts with it.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    return 2 if cores > 1 and base.model.dtype == torch.float32 and packs(torch.float32) else 1
 
 
 def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, Answer]]:
@@ -102,9 +107,9 @@ def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, A
     found: SimpleQueue[tuple[int, Answer] | BaseException | None] = SimpleQueue()
     stop = threading.Event()
 
-    def work(lane: _Lane) -> None:
+    def work(lane: _Lane, share: int) -> None:
         try:
-            torch.set_num_threads(threads // len(lanes))  # of this thread
+            torch.set_num_threads(share)  # of this thread
             while lane.busy() and not stop.is_set():
                 for answer in lane.step():
                     found.put(answer)
@@ -113,10 +118,11 @@ def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, A
         finally:
             found.put(None)
 
-    workers = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in lanes]
-    for worker in workers:
-        worker.start()
+    shares = [(threads + number) // len(lanes) for number in range(len(lanes))]
+    workers = [threading.Thread(target=work, args=each, daemon=True) for each in zip(lanes, shares, strict=True)]
     try:
+        for worker in workers:
+            worker.start()
         at_work = len(workers)
         while at_work:
             what = found.get()
@@ -128,9 +134,22 @@ def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, A
                 yield what
     finally:
         stop.set()
-        for worker in workers:
-            worker.join()
+        _await(workers)
         torch.set_num_threads(threads)  # what threads that are yet to come begin with
+
+
+def _await(workers: Sequence[threading.Thread]) -> None:
+    """Wait for all that were started, at most a pass; until then also a Ctrl-C waits, as the model is theirs."""
+    interrupt: KeyboardInterrupt | None = None
+    while any(worker.is_alive() for worker in workers):
+        try:
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+        except KeyboardInterrupt as again:
+            interrupt = again
+    if interrupt:
+        raise interrupt
 
 
 @dataclass

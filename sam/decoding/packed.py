@@ -214,6 +214,9 @@ class _Held(threading.local):
         self.input: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
 
+    def __reduce__(self) -> tuple[type[_Held], tuple[()]]:
+        return _Held, ()  # a copy of the model has none
+
 
 class _Together:
     """Layers of one input, multiplied as one when the first of them is asked; each takes its own part of the result.

@@ -251,6 +251,8 @@ def ragged(model: Any) -> Iterator[None]:
         why = f"layers of kind {', '.join(sorted(kinds))}" if kinds else "attention that cannot be exchanged"
         raise SamError(f"{type(model).__name__} has {why}; choose a base model with plain or sliding attention")
     before = model.config._attn_implementation
+    if before == NAME:
+        raise SamError(f"{type(model).__name__} is decoding already; end that first, or load it once more")
     model.config._attn_implementation = NAME
     try:
         yield

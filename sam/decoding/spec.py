@@ -18,8 +18,8 @@ DECODER_VERSION = 5
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time, in each of two
-    lanes on a CPU with two threads (see :func:`~sam.decoding.greedy.stream`; in fp32, to no effect on an answer).
+    """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time, in fp32 on a CPU
+    in each of two lanes (see :func:`~sam.decoding.greedy.stream`) and to no effect on an answer.
 
     ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` on a CPU in bf16 or int8, as it has them.
     ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ class AnswerStore:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         # SQLite does not wait for its turn to change the journal's mode, whatever the timeout.
+        self._turn = threading.Lock()  # one connection: a query is read to its end before the next begins
         turn = nullcontext() if path is None else FileLock(f"{path}.lock")
         with turn:
             self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None, check_same_thread=False)
@@ -56,12 +58,12 @@ class AnswerStore:
 
     def put(self, key: str, answer: str, truncated: bool) -> None:
         """Keep an answer: other processes see it at once, and it survives the end of this one."""
-        self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, answer, int(truncated)))
+        self._write("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, answer, int(truncated)))
 
     def relate(self, key: str, prompt: bytes, experts: Collection[str]) -> None:
         """Let the answer of ``key`` be found by :meth:`nearest`: it is that of a merge of ``experts`` to ``prompt``."""
         joined = SEPARATOR.join(sorted(experts))
-        self._db.execute("INSERT OR REPLACE INTO siblings VALUES (?, ?, ?)", (prompt, joined, key))
+        self._write("INSERT OR REPLACE INTO siblings VALUES (?, ?, ?)", (prompt, joined, key))
 
     @staticmethod
     def prompt_key(base: str, prompt: str) -> bytes:
@@ -88,7 +90,13 @@ class AnswerStore:
         """What ``query`` gives with ``values`` for its ``{marks}``, as many at a time as SQLite takes."""
         for start in range(0, len(values), 500):
             part = values[start : start + 500]
-            yield from self._db.execute(query.format(marks=",".join("?" * len(part))), list(part))
+            with self._turn:
+                rows = self._db.execute(query.format(marks=",".join("?" * len(part))), list(part)).fetchall()
+            yield from rows
+
+    def _write(self, query: str, values: tuple[Any, ...]) -> None:
+        with self._turn:
+            self._db.execute(query, values)
 
     def close(self) -> None:
         """Close the file."""

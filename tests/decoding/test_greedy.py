@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -12,11 +13,12 @@ from itertools import islice, product
 import pytest
 import torch
 
-from sam import prompts
+from sam import grammar, prompts
 from sam.base import Base
-from sam.decoding import DecodeSpec, greedy, ragged
+from sam.decoding import DecodeSpec, constrained, greedy, ragged
 from sam.decoding.drafts import Drafter, Memory
 from sam.decoding.greedy import Answer, decode, decode_prompts, stream
+from sam.decoding.packed import PackedWeights
 from sam.errors import SamError
 from tests.decoding.oracle import TEXTS, TYPES, Silent, lengths, numbers, oracle, passes
 
@@ -237,6 +239,25 @@ def test_two_lanes_answer_as_one(stopping: Base, lanes: set[int], size: int) -> 
     assert later == [2]
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_packed_layers_and_automata_in_two_lanes(
+    tiny: Base, threads: Callable[[int], None], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = DecodeSpec(40, 3, mode, constrained=True)
+    texts = [f"{text} {number}" for text in TEXTS for number in range(4)]
+    parts = [(prompts.prefix(TYPES), prompts.suffix(text)) for text in texts]
+    found, lanes = [], []
+    with PackedWeights(tiny.model, mode, all_logits=True) as weights:
+        weights.apply([])
+        for count in (1, 2):
+            threads(count)
+            lanes.append(greedy._lanes(tiny, spec, len(parts)))
+            constrained._vocabulary.cache_clear()  # the lanes grow its trie together
+            found.append(decode_prompts(tiny, parts, spec, grammar.automata((TYPES, text) for text in texts)))
+    assert lanes == [1, 2]
+    assert found[0] == found[1] and len({answer.text for answer in found[0]}) > 3
+
+
 def test_what_is_known_is_asked_once_by_two_lanes(stopping: Base, lanes: set[int]) -> None:
     asked: list[int] = []
 
@@ -274,13 +295,73 @@ def test_lanes_end_with_their_iterator(stopping: Base, lanes: set[int]) -> None:
     assert len(asked) < 20 * len(PARTS)
 
 
-def test_one_lane_where_two_do_not_pay(stopping: Base, tiny: Base, two_threads: None) -> None:
-    """For one batch; where rounding hangs on a prompt's company, as in half precision and on a GPU; on one thread."""
+def test_a_model_in_lanes_is_not_decoded_with_twice(stopping: Base, lanes: set[int]) -> None:
+    before = stopping.model.config._attn_implementation
+    first, second = (stream(stopping, PARTS, DecodeSpec(12, 2)) for _ in range(2))
+    next(first)
+    with pytest.raises(SamError, match="is decoding already"):
+        next(second)
+    first.close()
+    assert stopping.model.config._attn_implementation == before
+
+
+def test_a_lane_that_cannot_start_ends_the_other(
+    stopping: Base, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, running, start = (
+        stopping.model.config._attn_implementation,
+        set(threading.enumerate()),
+        threading.Thread.start,
+    )
+    started: list[threading.Thread] = []
+
+    def once(self: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", once)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            dict(stream(stopping, PARTS * 20, DecodeSpec(12, 2)))
+    assert len(started) == 1 and not set(threading.enumerate()) - running
+    assert stopping.model.config._attn_implementation == before
+
+
+def test_interrupts_wait_for_the_pass_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often; and then the last one is the caller's."""
+    go, interrupts, join = threading.Event(), [1, 2], threading.Thread.join
+    worker = threading.Thread(target=go.wait)
+    worker.start()
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        if interrupts:
+            raise KeyboardInterrupt(interrupts.pop(0))
+        go.set()
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="2"):
+        greedy._await([worker, threading.Thread(target=go.wait)])  # the second was never started
+    assert go.is_set() and not worker.is_alive()
+
+
+def test_one_lane_where_two_do_not_pay(
+    stopping: Base, tiny: Base, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one batch; where rounding may hang on a prompt's company; on one thread or core."""
     spec = DecodeSpec(12, 4)
     assert greedy._lanes(stopping, spec, 5) == 2
     assert greedy._lanes(stopping, spec, 4) == 1
     half = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model).to(torch.bfloat16))
     assert greedy._lanes(half, spec, 5) == 1
     assert greedy._lanes(dataclasses.replace(tiny, device="cuda"), spec, 5) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+        assert greedy._lanes(stopping, spec, 5) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(greedy, "packs", lambda dtype: False)
+        assert greedy._lanes(stopping, spec, 5) == 1
     torch.set_num_threads(1)
     assert greedy._lanes(stopping, spec, 5) == 1

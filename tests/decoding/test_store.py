@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.synchronize
 import sqlite3
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,37 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SamError) as error:
         AnswerStore(path)
     assert one_line(error) == f"{path} cannot be opened (file is not a database); delete it, or set answers=fresh"
+
+
+def test_threads_share_a_store_beside_another_process(tmp_path: Path) -> None:
+    """One reads what is there while another writes, and what a third has written in between is no error."""
+    store, other = AnswerStore(tmp_path / "answers.sqlite"), AnswerStore(tmp_path / "answers.sqlite")
+    for number in range(50):
+        store.put(f"old {number}", "answer", False)
+    stop, errors = threading.Event(), []
+
+    def until_stopped(step: Callable[[int], object]) -> None:
+        number = 0
+        while not stop.is_set():
+            try:
+                step(number)
+            except Exception as error:
+                errors.append(error)
+            number += 1
+
+    steps = (lambda n: store.get([f"old {n % 50}"]), lambda n: other.put(f"their {n % 50}", "answer", False))
+    threads = [threading.Thread(target=until_stopped, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(2000):
+            store.put(f"own {number}", "answer", False)
+            store.relate(f"own {number}", b"prompt", ["news"])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    assert len(other.get([f"own {number}" for number in range(2000)])) == 2000
+    store.close()
+    other.close()
