@@ -86,6 +86,7 @@ def stream(
     if len(lanes) > 1:
         with ragged(base.model):
             yield from _side_by_side(lanes, torch.get_num_threads())
+        return
     while lanes[0].busy():
         # Around each pass only: between two answers the model is the caller's.
         with ragged(base.model):
@@ -93,9 +94,10 @@ def stream(
         yield from found
 
 
-def _lanes(base: Base, spec: DecodeSpec, prompts: int) -> int:
-    """Two where that pays, unless rounding hangs on which prompts share a batch, as it may but in packed layers."""
-    if torch.device(base.device).type != "cpu" or torch.get_num_threads() < 2 or prompts <= spec.batch_size:
+def _lanes(base: Base, spec: DecodeSpec, count: int) -> int:
+    """How many for ``count`` prompts: two where that pays, unless rounding hangs on which of them share a batch, as it
+    may but in packed layers."""
+    if torch.device(base.device).type != "cpu" or torch.get_num_threads() < 2 or count <= spec.batch_size:
         return 1
     # A process, or a thread that OpenMP has bound, may be held to one core, and all that it starts with it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2

@@ -240,9 +240,7 @@ def test_two_lanes_answer_as_one(stopping: Base, lanes: set[int], size: int) -> 
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_packed_layers_and_automata_in_two_lanes(
-    tiny: Base, threads: Callable[[int], None], mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_layers_and_automata_in_two_lanes(tiny: Base, threads: Callable[[int], None], mode: str) -> None:
     spec = DecodeSpec(40, 3, mode, constrained=True)
     texts = [f"{text} {number}" for text in TEXTS for number in range(4)]
     parts = [(prompts.prefix(TYPES), prompts.suffix(text)) for text in texts]
