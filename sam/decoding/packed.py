@@ -7,9 +7,9 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
   values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
   which are all that free greedy decoding looks at, or all of them;
 - on another x86 processor with AVX2 in int8, all layers but the output's: a scale a token and a scale an output, as in
-  LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), after inputs that are large have been made smaller and their
-  weights larger, as in SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). No outlier is kept in 16 bits, which LLM.int8()
-  found large models to need. All that is not a product stays in fp32. It pays from some tens of tokens a pass on.
+  LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), after large inputs are made smaller and their weights larger, as
+  in SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). No outlier is kept in 16 bits, which LLM.int8() found large
+  models to need. All that is not a product stays in fp32. It pays from some tens of tokens a pass on.
 
 Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
 same result to the bit whatever else is in the batch.
@@ -46,11 +46,11 @@ a token's result would hang on its company; larger blocks are a tenth faster, an
 PICKS = 4096  # logits that are computed in fp32 at a time
 TINY = 1e-30  # the least step, so that a row of zeros is not divided by zero
 LARGEST = 127
-"""The largest int8 value of a token, and of two neighbouring weights of one sign together. A processor without VNNI adds
-the products of two neighbours in 16 bits, which hold 255 times 128: a token's values are shifted by 128 to have no sign,
-and rounding may add half a step to each weight. Weights of seven bits would do as well, with steps 1.5 times as large."""
+"""The largest int8 value of a token, and of two neighbouring weights of one sign together. A processor without VNNI
+adds the products of two neighbours in 16 bits, which hold 255 times 128: a token's values are shifted by 128 to have no
+sign, and rounding may add half a step to each weight. (63 for each weight alone would fit as well, in larger steps.)"""
 EVEN = 0.01
-"""The share of the mean that is added to how large an input and its weights are, so that none of them is nothing."""
+"""The share of the mean that is added to how large an input, or its weights, are: none of them counts for nothing."""
 
 
 class PackedWeights(MergedWeights):
