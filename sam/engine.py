@@ -188,10 +188,7 @@ class Engine:
             return
         self.reset()
         if self._weights is None:
-            sample = self.base.tokenizer(prompts.SAMPLE).input_ids
-            self._weights = PackedWeights(
-                self.base.model, self.decoding.mode, all_logits=self.decoding.constrained, sample=sample
-            )
+            self._weights = PackedWeights.of(self.base, self.decoding.mode, constrained=self.decoding.constrained)
         with self.timed("merge"):
             adapters = [self.adapter(e) for e in experts]
             self._weights.apply(merge_modules(adapters, list(experts), merge))

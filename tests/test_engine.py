@@ -421,19 +421,20 @@ def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_constrained_answers_are_chosen_among_exact_logits(
+def test_constrained_answers_are_chosen_among_exact_logits_and_int8_has_its_sample(
     engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, constrained: bool
 ) -> None:
-    asked: list[bool] = []
+    asked: list[Any] = []
 
     class Watched(sam.engine.PackedWeights):
-        def __init__(self, model: Any, mode: str, *, all_logits: bool) -> None:
-            asked.append(all_logits)
-            super().__init__(model, mode, all_logits=all_logits)
+        def __init__(self, model: Any, mode: str, *, all_logits: bool, sample: Any) -> None:
+            asked.append((all_logits, sample))
+            super().__init__(model, mode, all_logits=all_logits, sample=sample)
 
     monkeypatch.setattr(sam.engine, "PackedWeights", Watched)
-    engine(decoding=DecodeSpec(8, 2, "fast", constrained)).predict(["news"], SINGLE, TYPES, TEXTS[:1])
-    assert asked == [constrained]
+    one = engine(decoding=DecodeSpec(8, 2, "fast", constrained))
+    one.predict(["news"], SINGLE, TYPES, TEXTS[:1])
+    assert asked == [(constrained, one.base.tokenizer(prompts.SAMPLE).input_ids)]
 
 
 def test_a_base_loaded_in_inference_mode_serves_outside_of_it(engine: MakeEngine) -> None:

@@ -157,8 +157,7 @@ def _counts(answers: Sequence[Answer], asked: Sequence[Asked]) -> bootstrap.Coun
 
 def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any], held: Sequence[Asked] | None = None) -> Work:
     """``held``: what is asked, where only answers to it can be written (``decode=constrained``)."""
-    sample = base.tokenizer(prompts.SAMPLE).input_ids
-    weights = PackedWeights(base.model, mode, all_logits=held is not None, sample=sample)
+    weights = PackedWeights.of(base, mode, constrained=held is not None)
     spec = DecodeSpec(max_new_tokens=LIMIT, mode=mode, constrained=held is not None)
 
     def work() -> list[Answer]:

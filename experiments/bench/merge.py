@@ -1,9 +1,10 @@
-"""Merging six experts from their factors to merged ΔW: ours and PEFT's merge functions on the same ΔW.
+"""Merging six experts from their factors to merged ΔW: ours and PEFT's merge functions on the same ΔW; and, where it is
+installed (``pip install -c constraints.txt mergekit``), mergekit's, in memory, on a base of zeros.
 
 Workloads: the shipped experts on all modules of SmolLM2-135M, and three modules of a decoder layer of Qwen2.5-7B with
 random rank-16 adapters, the largest among them; a note scales our time to the whole model by entries. Both sides
-stream: a module's merged delta is dropped before the next module. PEFT has no global trim, so that ours runs alone.
-On the first layers of SmolLM2-135M our TIES with the tensor trim is compared with PEFT's, entry by entry.
+stream: a module's merged delta is dropped before the next module. Neither has a global trim, so that ours runs alone.
+On the first layers of SmolLM2-135M our TIES with the tensor trim is compared with theirs, entry by entry.
 
 PEFT's ``ties_svd`` (``add_weighted_adapter``) is timed once on a few modules: it adds a full SVD of each merged ΔW.
 The memory bandwidth is that of a large copy, reads and writes counted, in the same run.
@@ -11,6 +12,7 @@ The memory bandwidth is that of a large copy, reads and writes counted, in the s
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -37,9 +39,9 @@ QWEN_SHAPES = {"mlp.gate_proj": (18944, 3584), "self_attn.k_proj": (512, 3584), 
 QWEN_ENTRIES = 28 * (3 * 18944 * 3584 + 2 * 3584 * 3584 + 2 * 512 * 3584)
 """Entries of all linear modules of its 28 layers."""
 COMPARED = 42
-"""Modules of SmolLM2-135M (six layers) whose merge is compared with PEFT's."""
+"""Modules of SmolLM2-135M (six layers) whose merge is compared with the peers'."""
 
-PeftMerge = Callable[[list[Tensor]], Tensor]
+PeerMerge = Callable[[list[Tensor]], Tensor]
 
 
 def _ties(scope: str) -> MergeSpec:
@@ -82,17 +84,17 @@ def run(options: Options) -> Report:
     notes: dict[str, object] = {"copy bandwidth": f"{bandwidth / 1e9:.1f} GB/s"}
     for load, report in zip([load for load in loads for _ in SPECS], reports, strict=True):
         notes |= _shares(load, report, bandwidth)
-    notes["ties, tensor trim, against PEFT"] = differences(loads[0])
+    for library, merges in peers(len(loads[0].adapters)).items():
+        notes[f"ties, tensor trim, against {library}"] = differences(loads[0], merges["ties"])
     seconds = reports[len(SPECS) + list(SPECS).index("ties, global trim")].cases[0].medians("SaM")["seconds"]
     whole = seconds * QWEN_ENTRIES / sum(loads[1].entries)
     notes["all of Qwen2.5-7B, ties, global trim, scaled by entries"] = f"{whole:.0f} s"
     notes["PEFT ties_svd"] = _ties_svd(1 if options.quick else 3)
-    missing = importlib.util.find_spec("mergekit") is None
-    notes["mergekit"] = "not installed, not measured" if missing else "installed, not measured"
+    notes["mergekit"] = importlib.metadata.version("mergekit") if _has_mergekit() else "not installed, not measured"
     return joined(reports, notes)
 
 
-def peft_merges(count: int) -> dict[str, PeftMerge]:
+def peft_merges(count: int) -> dict[str, PeerMerge]:
     """PEFT's functions by the name of our merge, with the weights that make them the same thing."""
     from peft.utils import merge_utils
 
@@ -104,13 +106,47 @@ def peft_merges(count: int) -> dict[str, PeftMerge]:
     }
 
 
-def differences(load: Workload) -> str:
-    """How far our TIES (tensor trim) is from PEFT's, entry by entry.
+def mergekit_merges(count: int) -> dict[str, PeerMerge]:
+    """As :func:`peft_merges`, of mergekit. Its DARE scales a tensor to the absolute sum that it had before, in place of
+    1 / density."""
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import TensorGroup
 
-    They may differ where the definitions do: PEFT keeps ``int(density * n)`` entries and we round, it reads a tied
-    sum as +, and of entries equal to the threshold, where not all fit, it keeps any and we the first. Weights of 1.
+    def merge(method: str, **parameters: float) -> PeerMerge:
+        run = registry.get(method)
+
+        def merged(deltas: list[Tensor]) -> Tensor:
+            group = TensorGroup.from_tensors([torch.zeros_like(deltas[0]), *deltas], base_index=0)
+            (found,) = run([group], parameters=parameters)
+            return found
+
+        return merged
+
+    return {
+        "ties": merge("ties", weight=1.0, density=DENSITY),
+        "dare": merge("dare_linear", weight=1 / count, density=0.5),
+        "linear": merge("task_arithmetic", weight=1 / count),
+    }
+
+
+def peers(count: int) -> dict[str, dict[str, PeerMerge]]:
+    """The functions of each library that is there."""
+    found = {"PEFT": peft_merges(count)}
+    return found | {"mergekit": mergekit_merges(count)} if _has_mergekit() else found
+
+
+def _has_mergekit() -> bool:
+    return importlib.util.find_spec("mergekit") is not None
+
+
+def differences(load: Workload, merge: PeerMerge) -> str:
+    """How far our TIES (tensor trim) is from a peer's, entry by entry.
+
+    They may differ where the definitions do: PEFT and mergekit keep ``int(density * n)`` entries and we round, they
+    read a tied sum as +, and of entries equal to the threshold, where not all fit, they keep any and we the first.
+    Weights of 1.
     """
-    merge, differing, total, largest = peft_merges(len(load.adapters))["ties"], 0, 0, 0.0
+    differing, total, largest = 0, 0, 0.0
     for module, ours in islice(_merged(load, SPECS["ties, tensor trim"]), COMPARED):
         theirs = merge([adapter.delta(module) for adapter in load.adapters])
         distance = (ours - theirs).abs()
@@ -160,8 +196,10 @@ def _qwen(options: Options) -> Workload:
 def _case(load: Workload, label: str, spec: MergeSpec) -> Report:
     contestants = [Contestant("SaM", measured(lambda: _drain(_merged(load, spec))), ours=True)]
     if spec.trim_scope != "global":
-        peer = peft_merges(len(load.adapters))[spec.name]
-        contestants.append(Contestant(f"PEFT {spec.name}", measured(lambda: _drain(_by_peft(load, peer)))))
+        contestants += [
+            Contestant(f"{library} {spec.name}", measured(partial(_drain_peer, load, merges[spec.name])))
+            for library, merges in peers(len(load.adapters)).items()
+        ]
     return compete(contestants, load.rounds, "seconds", False, case=f"{load.name}: {label}", device="cpu")
 
 
@@ -169,9 +207,9 @@ def _merged(load: Workload, spec: MergeSpec) -> Iterator[tuple[str, Tensor]]:
     return merge_modules(load.adapters, [str(n) for n in range(len(load.adapters))], spec)
 
 
-def _by_peft(load: Workload, merge: PeftMerge) -> Iterator[tuple[str, Tensor]]:
+def _drain_peer(load: Workload, merge: PeerMerge) -> None:
     for module in load.adapters[0].modules():
-        yield module, merge([adapter.delta(module) for adapter in load.adapters])
+        merge([adapter.delta(module) for adapter in load.adapters])
 
 
 def _drain(stream: Iterator[tuple[str, Tensor]]) -> None:

@@ -6,10 +6,8 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
 - in bf16 where the processor does so itself, and what lies between the products of one block stays in it, keys and
   values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
   which are all that free greedy decoding looks at, or all of them;
-- on another x86 processor with AVX2 in int8, all layers but the output's: a scale a token and a scale an output, as in
-  LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), after large inputs are made smaller and their weights larger, as
-  in SmoothQuant (Xiao et al. 2023, arXiv 2211.10438). No outlier is kept in 16 bits, which LLM.int8() found large
-  models to need. All that is not a product stays in fp32. It pays from some tens of tokens a pass on.
+- on another x86 processor with AVX2 in int8 (see :mod:`sam.decoding.int8`), all layers but the output's. All that is
+  not a product stays in fp32. It pays from some tens of tokens a pass on.
 
 Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
 same result to the bit whatever else is in the batch.
@@ -26,7 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sam.base import SIBLINGS, has_amx, multiplies_bf16
+from sam import prompts
+from sam.base import SIBLINGS, Base, has_amx, multiplies_bf16
+from sam.decoding.int8 import divisors, packed_int8, packs_int8
 from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
@@ -44,13 +44,6 @@ ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
 PICKS = 4096  # logits that are computed in fp32 at a time
-TINY = 1e-30  # the least step, so that a row of zeros is not divided by zero
-LARGEST = 127
-"""The largest int8 value of a token, and of two neighbouring weights of one sign together. A processor without VNNI
-adds the products of two neighbours in 16 bits, which hold 255 times 128: a token's values are shifted by 128 to have no
-sign, and rounding may add half a step to each weight. (63 for each weight alone would fit as well, in larger steps.)"""
-EVEN = 0.01
-"""The share of the mean that is added to how large an input, or its weights, are: none of them counts for nothing."""
 
 
 class PackedWeights(MergedWeights):
@@ -64,7 +57,7 @@ class PackedWeights(MergedWeights):
         """``all_logits``: whether ``fast`` gives all logits in fp32 or, enough for a free choice, the largest.
 
         ``sample``: token ids of a text like those to come, from which int8 learns how large a layer's inputs are; with
-        none it takes them as they are, and errs more.
+        none it takes them as they come, and errs more. It is run once, by the base alone, in the first :meth:`apply`.
         """
         super().__init__(model)
         lead = next(model.parameters())
@@ -73,7 +66,7 @@ class PackedWeights(MergedWeights):
         found = products(mode, str(lead.dtype).removeprefix("torch."), lead.device.type)
         self._half, self._int8 = found.startswith(HALF), found == INT8
         self._all_logits, self._sample = all_logits, sample
-        self._sizes: dict[nn.Module, Tensor] = {}  # packable layer -> how large each input is, where that is known
+        self._divisors: dict[nn.Module, Tensor] | None = None  # layer -> what int8 divides its inputs by
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
         # Teams that no expert touches, packed once, by what their results are.
         self._unmerged: dict[tuple[tuple[nn.Module, ...], torch.dtype], list[Linear]] = {}
@@ -82,15 +75,18 @@ class PackedWeights(MergedWeights):
         self._parent: dict[nn.Module, nn.Module] = {}  # packable layer -> the module that calls it
         self._inner: set[nn.Module] = set()  # layers whose results may stay as they were multiplied
 
+    @classmethod
+    def of(cls, base: Base, mode: str, *, constrained: bool) -> PackedWeights:
+        """For answers of ``base``; all of its logits are needed where not any answer may be written."""
+        return cls(base.model, mode, all_logits=constrained, sample=base.tokenizer(prompts.SAMPLE).input_ids)
+
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`MergedWeights.apply`; no module at all gives the base model itself, packed."""
         teams = list(self._teams())
         self._team = {layer: team for _, team in teams for layer in team}
         self._parent = {layer: parent for parent, team in teams for layer in team}
         self._inner = set(self._blocks())
-        if self._int8 and self._sample and not self._sizes:
-            self._sizes = _sizes(self.model, [team[0] for _, team in teams], self._sample)
-        super().apply(modules)
+        super().apply(self._after_a_look(modules))
         try:
             for layer, team in self._team.items():
                 if layer is team[0] and layer not in self._packed:
@@ -98,6 +94,12 @@ class PackedWeights(MergedWeights):
         except BaseException:
             self._restore()
             raise
+
+    def _after_a_look(self, modules: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """``modules``, the first of them after the base has shown what it makes of the sample, if it has not yet."""
+        if self._int8 and self._divisors is None:
+            self._divisors = divisors(self.model, self._sample)
+        yield from modules
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
         team = self._team.get(module)
@@ -163,8 +165,9 @@ class PackedWeights(MergedWeights):
             if lead is self._head and self._short(weights[0], biases[0]):
                 forwards = [_largest(weights[0])]
             else:
-                balanced = partial(_packed_int8, sizes=self._sizes.get(lead))
-                pack = balanced if self._int8 and self._shrinks(lead) else _packed
+                pack = _packed
+                if self._int8 and self._shrinks(lead):
+                    pack = partial(packed_int8, divisor=(self._divisors or {}).get(lead))
                 forwards = _forwards(weights, biases, result, pack)
             if untouched:
                 self._unmerged[team, result] = forwards
@@ -190,19 +193,6 @@ def packs(dtype: torch.dtype) -> bool:
     """Whether this torch, on this processor, has oneDNN's packed linear layers in ``dtype``."""
     try:
         return bool(_packed(torch.ones(16, 16, dtype=dtype), None, dtype)(torch.ones(1, 16, dtype=dtype)).sum() == 256)
-    except (AttributeError, RuntimeError):
-        return False
-
-
-@cache
-def packs_int8() -> bool:
-    """As :func:`packs`, for the int8 layers of an x86 processor."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return False
-    try:
-        # Were others than neighbours added in 16 bits, the sums would be cut off.
-        weight = torch.tensor([100.0, 28.0]).repeat(16, 8)
-        return bool(_packed_int8(weight, None, torch.float32)(torch.ones(1, 16)).sub(1024).abs().max() < 16)
     except (AttributeError, RuntimeError):
         return False
 
@@ -308,73 +298,3 @@ def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
         return found.to(result).view(*x.shape[:-1], width)
 
     return in_blocks if dtype != torch.float32 and has_amx() else forward
-
-
-def _packed_int8(weight: Tensor, bias: Tensor | None, result: torch.dtype, sizes: Tensor | None = None) -> Linear:
-    """As :func:`_packed`, of weights and tokens rounded to int8: the sums of their products are exact, in any order.
-
-    ``sizes``: how large each input is. One is divided by what its weights are multiplied by, so that large inputs and
-    large weights lose less to each other's rounding.
-    """
-    width, inputs = weight.shape
-    divisor = None if sizes is None else _divisor(sizes, weight)
-    if divisor is not None:
-        weight = weight * divisor
-    scale = _steps(weight)
-    laid = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round_().to(torch.int8), [256, inputs])
-    zeros = torch.zeros(width, dtype=torch.int32)
-    factor = None if divisor is None else 1 / divisor
-
-    def forward(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, inputs).float()
-        if factor is not None:
-            rows = rows * factor
-        step = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
-        # The sign bit turned over adds 128: oneDNN multiplies tokens without a sign twice as fast.
-        tokens = (rows / step).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-        found = torch.ops.onednn.qlinear_pointwise(
-            tokens, 1.0, 128, laid, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ).mul_(step)
-        if bias is not None:
-            found += bias
-        return found.to(result).view(*x.shape[:-1], width)
-
-    return forward
-
-
-def _steps(weight: Tensor) -> Tensor:
-    """The step of each output's weights, such that neighbours add up as :data:`LARGEST` asks: [outputs]."""
-    pairs = torch.nn.functional.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
-    first, second = pairs.abs().unbind(-1)
-    alike = pairs[..., 0].signbit() == pairs[..., 1].signbit()
-    both = torch.where(alike, first + second, torch.maximum(first, second))
-    return both.amax(1).clamp_min(TINY) / LARGEST
-
-
-def _divisor(sizes: Tensor, weight: Tensor) -> Tensor:
-    """What each input is divided by to be as large as its weights are when multiplied by it: powers of two, which round
-    nothing: [inputs]."""
-    weights = weight.abs().amax(0)
-    inputs, others = ((size + EVEN * size.mean()).clamp_min(TINY) for size in (sizes, weights))
-    return (inputs / others).log2().div(2).round().exp2()
-
-
-def _sizes(model: nn.Module, layers: Sequence[nn.Module], sample: Sequence[int]) -> dict[nn.Module, Tensor]:
-    """The root of the mean square of each input of those ``layers`` that read ``sample``: [inputs] each."""
-    found: dict[nn.Module, Tensor] = {}
-
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[layer] = inputs[0].float().flatten(0, -2).pow(2).mean(0).sqrt()
-
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)  # so that sums, and answers, do not hang on how many there are
-        with torch.no_grad():
-            # Without the output layer, which is not of int8.
-            getattr(model, "base_model", model)(input_ids=torch.tensor([list(sample)]), use_cache=False)
-    finally:
-        torch.set_num_threads(threads)
-        for hook in hooks:
-            hook.remove()
-    return found

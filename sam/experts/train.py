@@ -273,8 +273,7 @@ def score_adapter(
     from sam.scoring import score
 
     found: dict[str, dict[str, Any]] = {}
-    sample = base.tokenizer(prompts.SAMPLE).input_ids
-    with PackedWeights(base.model, decode.mode, all_logits=decode.constrained, sample=sample) as weights:
+    with PackedWeights.of(base, decode.mode, constrained=decode.constrained) as weights:
         weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
         for dataset, (split, sentences) in held.items():
             types = entity_types(corpora.load(dataset, split))

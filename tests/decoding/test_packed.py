@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import sam.decoding.packed as packed
-from sam import prompts
 from sam.base import Base
 from sam.decoding import DecodeSpec
 from sam.decoding.greedy import decode
-from sam.decoding.packed import PackedWeights, packs, packs_int8, products
+from sam.decoding.int8 import packed_int8, packs_int8
+from sam.decoding.packed import PackedWeights, packs, products
 from sam.errors import SamError
 from sam.merging import merged
 
@@ -182,7 +182,7 @@ def test_exact_gives_a_token_the_same_bits_in_any_company(smollm: Base) -> None:
 
 
 def check_company(smollm: Base, mode: str) -> None:
-    with PackedWeights(smollm.model, mode, all_logits=False) as weights:
+    with PackedWeights.of(smollm, mode, constrained=False) as weights:
         weights.apply([])
         for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj"):
             layer = smollm.model.get_submodule(f"model.layers.3.{name}")
@@ -190,126 +190,6 @@ def check_company(smollm: Base, mode: str) -> None:
             whole = layer(x)
             for size in (2, 3, 16, 64, 208):  # the engine never asks for one token alone
                 assert torch.equal(layer(x[:size]), whole[:size]), (name, size)
-
-
-def rounded(values: Tensor, steps: Tensor) -> Tensor:
-    return (values / steps).round() * steps
-
-
-@in_int8
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inputs", [1536, 97])
-def test_int8_rounds_weights_by_their_neighbours_and_tokens_to_eight_bits(bias: bool, inputs: int) -> None:
-    """At the ends of the range too, where a processor without VNNI would cut sums off; of rows of zeros zeros."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(48, inputs, generator=generator), torch.randn(2, 5, inputs, generator=generator)
-    weight[0], weight[1], weight[2], x[0, 0], x[0, 1], x[0, 2] = 3.0, -3.0, 0.0, 5.0, -5.0, 0.0
-    weight[3], weight[4] = (
-        torch.tensor([2.9, 0.1]).repeat(inputs)[:inputs],
-        torch.tensor([-3.0, 3.0]).repeat(inputs)[:inputs],
-    )
-    offset = torch.randn(48, generator=generator) if bias else None
-    steps = packed._steps(weight)[:, None].double()
-    scales = x.abs().amax(-1, keepdim=True).double().clamp_min(1e-30) / 127
-    expected = rounded(x.double(), scales) @ rounded(weight.double(), steps).T + (offset.double() if bias else 0)
-    found = packed._packed_int8(weight, offset, torch.float32)(x)
-    assert found.shape == (2, 5, 48) and found.dtype == torch.float32
-    # a value half way between two steps may be rounded to either
-    assert (found - expected).abs().max() < 2 * (scales.max() * weight.abs().max() + 1e-4)
-    assert (found - expected).abs().median() < 1e-4
-    assert torch.equal(found[0, 2], offset if bias else torch.zeros(48))
-    assert torch.allclose(found[0, :2, :5].double(), expected[0, :2, :5], rtol=1e-5, atol=1e-3)
-    assert packed._packed_int8(weight, offset, torch.float32)(x[:, :0]).shape == (2, 0, 48)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_neighbouring_weights_fit_in_sixteen_bits(scale: float) -> None:
-    weight = torch.randn(400, 62, generator=torch.Generator().manual_seed(0)) ** 3 * scale
-    weight[0, 1:], weight[1] = 0, scale * torch.tensor([1.0, -1.0]).repeat(31)
-    steps = packed._steps(weight)
-    whole = (weight / steps[:, None]).round()
-    assert whole.abs().amax(1).min() > 64 and whole.abs().max() <= 127
-    tokens = torch.tensor([[0, 0], [0, 255], [255, 0], [255, 255]]).float()
-    sums = whole.unflatten(1, (-1, 2)) @ tokens.T
-    assert sums.min() >= -(2**15) and sums.max() < 2**15
-    seven_bits = weight.abs().amax(1) / 63
-    assert (steps < seven_bits).all() and (steps / seven_bits).mean() < 0.7
-    # of one output alone, of an odd number of inputs, and of nothing but zeros
-    assert packed._steps(torch.tensor([[2.0, -1.0, 4.0]])).item() == pytest.approx(4 / 127)
-    assert packed._steps(torch.tensor([[2.0, 1.0, 1.0]])).item() == pytest.approx(3 / 127)
-    assert packed._steps(torch.zeros(1, 4)).item() > 0
-
-
-@in_int8
-def test_int8_balances_large_inputs_with_their_weights() -> None:
-    """Outliers that are in the same inputs of all tokens, as in most language models, cost the others little."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(48, 96, generator=generator), torch.randn(64, 96, generator=generator)
-    x[:, [3, 50]] *= 60
-    weight[:, 7], x[:, 8] = 0, 0
-    sizes = x.pow(2).mean(0).sqrt()
-    expected = x @ weight.T
-
-    def error(sizes: Tensor | None) -> float:
-        found = packed._packed_int8(weight, None, torch.float32, sizes)(x)
-        return float((found - expected).norm() / expected.norm())
-
-    assert error(sizes) < error(None) / 2
-    divisor = packed._divisor(sizes, weight)
-    assert torch.equal(divisor.log2().round(), divisor.log2()) and divisor.isfinite().all()
-    assert divisor[3] > divisor[0] and divisor[7] > divisor[0] > divisor[8]
-    assert torch.isfinite(packed._divisor(torch.zeros(96), weight)).all()
-    assert torch.isfinite(packed._divisor(sizes, torch.zeros(48, 96))).all()
-    assert torch.equal(packed._divisor(torch.zeros(4), torch.zeros(2, 4)), torch.ones(4))
-
-
-@in_int8
-def test_int8_learns_from_the_sample_on_the_base_alone(smollm: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, whatever is merged and however many threads there are; nothing is left of it."""
-    monkeypatch.setattr(packed, "products", lambda mode, dtype, device: packed.INT8)
-    sample = smollm.tokenizer(prompts.SAMPLE).input_ids
-    reads: list[int] = []
-    hook = smollm.model.base_model.register_forward_pre_hook(lambda *_: reads.append(torch.get_num_threads()))
-    up, head = smollm.model.get_submodule(UP), smollm.model.lm_head
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads, deltas in ((1, []), (2, [(UP, torch.randn(up.weight.shape))])):
-            torch.set_num_threads(threads)
-            with PackedWeights(smollm.model, "fast", all_logits=False, sample=sample) as weights:
-                weights.apply(deltas)
-                weights.undo()
-                weights.apply(deltas)
-                assert torch.get_num_threads() == threads
-            found.append(weights._sizes)
-    finally:
-        torch.set_num_threads(before)
-        hook.remove()
-    assert reads == [1, 1]
-    first, second = found
-    gate, q = (smollm.model.get_submodule(f"model.layers.1.{n}") for n in ("mlp.gate_proj", "self_attn.q_proj"))
-    assert gate in first and q in first and up not in first and head not in first and len(first) == 4 * 30
-    assert all(torch.equal(first[layer], second[layer]) for layer in first)
-    assert not any(layer._forward_pre_hooks for layer in smollm.model.modules())
-    monkeypatch.undo()
-    with PackedWeights(smollm.model, "exact", all_logits=False, sample=sample) as exact:
-        exact.apply([])
-        assert not exact._sizes
-
-
-@in_int8
-def test_int8_is_nearer_to_fp32_by_the_sample(smollm: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = prompts.render(["person", "city"], "Ada Lovelace met Charles Babbage in London.")
-    ids = smollm.tokenizer(text, return_tensors="pt").input_ids
-    expected = logits(smollm.model, ids).log_softmax(-1)
-    monkeypatch.setattr(packed, "products", lambda mode, dtype, device: packed.INT8)
-
-    def divergence(sample: list[int]) -> float:
-        with PackedWeights(smollm.model, "fast", all_logits=False, sample=sample) as weights:
-            weights.apply([])
-            found = logits(smollm.model, ids).log_softmax(-1)
-        return float((expected.exp() * (expected - found)).sum(-1).mean())
-
-    assert divergence(smollm.tokenizer(prompts.SAMPLE).input_ids) < 0.7 * divergence([])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -416,7 +296,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    for name in ("_packed", "_packed_int8"):
+    for name in ("_packed", "packed_int8"):
         monkeypatch.setattr(packed, name, counting(getattr(packed, name)))
     return rows
 
@@ -427,7 +307,7 @@ def test_layers_of_one_input_are_multiplied_as_one_with_the_same_bits(smollm: Ba
     attention = smollm.model.get_submodule("model.layers.3.self_attn")
     kind = FAST if mode == "fast" else "float32"
     dtype = torch.bfloat16 if kind.startswith(packed.HALF) else torch.float32
-    pack = packed._packed_int8 if kind == packed.INT8 else packed._packed
+    pack = packed_int8 if kind == packed.INT8 else packed._packed
     x = torch.randn(37, attention.q_proj.in_features)
     with PackedWeights(smollm.model, mode, all_logits=False) as weights:
         weights.apply([])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.bench.harness import PEAK, Case, Report
-from experiments.bench.merge import NAMES, Workload, _shares, differences, least_bytes
+from experiments.bench.merge import NAMES, Workload, _shares, differences, least_bytes, mergekit_merges, peft_merges
 from sam.merging import AdapterDeltas, Factors
 
 
@@ -35,4 +35,15 @@ def test_bytes_and_memory_units(load: Workload) -> None:
 
 
 def test_ties_is_that_of_peft(load: Workload) -> None:
-    assert differences(load).startswith("0 of 150 entries differ")
+    assert differences(load, peft_merges(6)["ties"]).startswith("0 of 150 entries differ")
+    linear = differences(load, peft_merges(6)["linear"])
+    assert int(linear.split()[0]) > 100
+
+
+def test_merges_are_those_of_mergekit(load: Workload) -> None:
+    pytest.importorskip("mergekit")
+    merges, theirs = mergekit_merges(6), peft_merges(6)
+    assert differences(load, merges["ties"]).startswith("0 of 150 entries differ")
+    deltas = [adapter.delta("a") for adapter in load.adapters]
+    assert torch.allclose(merges["linear"](deltas), theirs["linear"](deltas), atol=1e-6)
+    assert merges["dare"](deltas).shape == deltas[0].shape
