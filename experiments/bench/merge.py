@@ -18,6 +18,7 @@ import json
 import math
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -213,8 +214,7 @@ def _drain_peer(load: Workload, merge: PeerMerge) -> None:
 
 
 def _drain(stream: Iterator[tuple[str, Tensor]]) -> None:
-    for _module, _delta in stream:
-        pass
+    deque(stream, maxlen=0)  # in a loop, one module's delta would live until the next is there
 
 
 def _shares(load: Workload, report: Report, bandwidth: float) -> dict[str, object]:
