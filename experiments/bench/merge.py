@@ -153,7 +153,7 @@ def differences(load: Workload, merge: PeerMerge) -> str:
         distance = (ours - theirs).abs()
         apart = distance > 1e-6 * theirs.abs().clamp(min=ours.abs().max() * 1e-3)
         differing, total = differing + int(apart.sum()), total + ours.numel()
-        largest = max(largest, float(distance[~apart].max() / ours.abs().max()))
+        largest = max(largest, float(distance.masked_fill(apart, 0).max() / ours.abs().max()))
     return f"{differing} of {total} entries differ, all others by at most {largest:.1g} of their module's largest"
 
 
