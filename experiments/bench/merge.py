@@ -1,5 +1,5 @@
 """Merging six experts from their factors to merged ΔW: ours and PEFT's merge functions on the same ΔW; and, where it is
-installed (``pip install -c constraints.txt mergekit``), mergekit's, in memory, on a base of zeros.
+installed (``pip install -c constraints.txt mergekit==0.1.5``), mergekit's, in memory, on a base of zeros.
 
 Workloads: the shipped experts on all modules of SmolLM2-135M, and three modules of a decoder layer of Qwen2.5-7B with
 random rank-16 adapters, the largest among them; a note scales our time to the whole model by entries. Both sides

@@ -103,7 +103,7 @@ def divisors(model: nn.Module, sample: Sequence[int]) -> dict[nn.Module, Tensor]
 
 def _divisor(inputs: Tensor, weights: Tensor) -> Tensor:
     """What makes inputs of a size (root of the mean square) and their weights (the largest) even, each [inputs]: powers
-    of two, which round nothing and hide in what order sums were made."""
+    of two, which round nothing and seldom tell in what order sums were made."""
     large, heavy = ((size + EVEN * size.mean()).clamp_min(TINY) for size in (inputs, weights))
     return (large / heavy).log2().div(2).round().exp2()
 

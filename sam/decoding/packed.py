@@ -172,8 +172,8 @@ class PackedWeights(MergedWeights):
             if untouched:
                 self._unmerged[team, result] = forwards
         for layer, forward in zip(team, forwards, strict=True):
+            self._packed[layer] = None  # first, so that an interrupt leaves nothing behind
             layer.forward = forward  # type: ignore[method-assign]
-            self._packed[layer] = None
 
     def _short(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether only the largest results of the output layer need be fp32, and can be."""

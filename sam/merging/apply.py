@@ -45,6 +45,7 @@ class MergedWeights:
             shared = _shared_weights(self.model)
             for name, delta in modules:
                 self._add(name, delta, shared)
+                del delta  # before the next is made
         except BaseException:
             self._restore()
             raise

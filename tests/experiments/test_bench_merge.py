@@ -46,4 +46,7 @@ def test_merges_are_those_of_mergekit(load: Workload) -> None:
     assert differences(load, merges["ties"]).startswith("0 of 150 entries differ")
     deltas = [adapter.delta("a") for adapter in load.adapters]
     assert torch.allclose(merges["linear"](deltas), theirs["linear"](deltas), atol=1e-6)
-    assert merges["dare"](deltas).shape == deltas[0].shape
+    only = [deltas[0], *[torch.zeros_like(deltas[0])] * 5]
+    dared = merges["dare"](only)
+    assert 25 <= int((dared != 0).sum()) <= 75  # half of 100
+    assert dared.abs().sum() == pytest.approx(float(deltas[0].abs().sum() / 6), rel=1e-4)
