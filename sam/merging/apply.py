@@ -116,6 +116,7 @@ def fold(model: nn.Module, modules: Iterable[tuple[str, Tensor]]) -> None:
         with torch.no_grad():
             exact = torch.promote_types(weight.dtype, torch.float32)
             weight.copy_(weight.to(exact) + delta.to(device=weight.device, dtype=exact))
+        del delta  # before the next is made
         done.append(name)
 
 

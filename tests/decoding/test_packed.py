@@ -24,7 +24,6 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 FAST = products("fast", "float32", "cpu")
 in_bf16 = pytest.mark.skipif(not FAST.startswith(packed.HALF), reason="the processor does not multiply bf16")
-in_int8 = pytest.mark.skipif(not packs_int8(), reason="torch has no int8 layers for this processor")
 
 
 @pytest.fixture(params=[packed.HALF, packed.INT8])
