@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from queue import SimpleQueue
 
 import torch
@@ -15,14 +18,19 @@ from sam import grammar, prompts
 from sam.base import Base
 from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Language, Memory
-from sam.decoding.packed import packs
+from sam.decoding.packed import RANGE, packs
 from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
 from sam.errors import SamError
 
-ADMIT = 384
+ADMIT = 768
 """Prompt tokens let into one forward pass, at least one prompt's: enough to fill the processor, few enough not to
 hold up the rows that are being answered."""
+
+
+MALLOC = {-3: 1 << 25, -1: (1 << 31) - 1}
+"""glibc's M_MMAP_THRESHOLD, the largest that there is, and M_TRIM_THRESHOLD: bytes from which on what is freed goes
+back to the system."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ def stream(
         raise ValueError(f"constrained={spec.constrained} with {'no ' if automata is None else ''}automata")
     if not parts:
         return
+    if torch.device(base.device).type == "cpu":
+        _keep_memory()
     held = None if automata is None else walks(base, automata)
     waiting = _Waiting(base, parts, earlier or [""] * len(parts), held, known, backwards)
     drafter = drafter or Drafter()
@@ -92,6 +102,15 @@ def stream(
         with ragged(base.model):
             found = lanes[0].step()
         yield from found
+
+
+@cache
+def _keep_memory() -> None:
+    """Let glibc keep what is freed for what comes next, as the logits of each pass and the caches are large: to have
+    memory from the system anew costs time, many times more in a virtual machine. Elsewhere nothing happens."""
+    with suppress(AttributeError, OSError, TypeError):
+        for name, size in MALLOC.items():
+            ctypes.CDLL(None).mallopt(name, size)
 
 
 def _lanes(base: Base, spec: DecodeSpec, count: int) -> int:
@@ -251,7 +270,7 @@ class _Lane:
             keep += range(at - len(row.draft) - 1, at)
         rows = [Row(len(row.feed()), row.past) for row in self.rows]
         logits = self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep)
-        likeliest = logits.argmax(-1).tolist()
+        likeliest = _likeliest(logits).tolist()
         at = 0
         for row in self.rows:
             asked = slice(at, at + 1 + len(row.draft))
@@ -334,6 +353,15 @@ class _Lane:
         made = row.made[:-1] if stopped else row.made
         text = row.walk.text(made) if row.walk else self.base.tokenizer.decode(made, skip_special_tokens=True)
         return row.index, Answer(text, truncated=not stopped)
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The first of the largest of each row: [rows]. ``argmax`` of long rows is not vectorised on a CPU; ``amax`` is."""
+    if logits.shape[-1] % RANGE:
+        return logits.argmax(-1)
+    ranges = logits.unflatten(-1, (-1, RANGE))
+    best = ranges.amax(-1).argmax(-1)
+    return best * RANGE + ranges[torch.arange(len(best), device=best.device), best].argmax(-1)
 
 
 def _worth(rows: int, device: str) -> float:

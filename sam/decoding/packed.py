@@ -292,9 +292,12 @@ def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
         return product(x.to(dtype)).to(result)
 
     def in_blocks(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-        found = torch.cat([product(block) for block in padded.split(ROWS)])[: len(rows)]
-        return found.to(result).view(*x.shape[:-1], width)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        count = len(rows) + -len(rows) % ROWS
+        padded, found = rows.new_zeros(count, x.shape[-1], dtype=dtype), rows.new_empty(count, width, dtype=result)
+        padded[: len(rows)] = rows
+        for start in range(0, count, ROWS):
+            found[start : start + ROWS] = product(padded[start : start + ROWS])
+        return found[: len(rows)].view(*x.shape[:-1], width)
 
     return in_blocks if dtype != torch.float32 and has_amx() else forward

@@ -5,7 +5,8 @@ nothing depends on the other sentences of the pass, sliding windows included. Wo
 whose attention can be exchanged (``AttentionInterface``).
 
 Libraries choose a kernel, and so an order of summation, by a product's shape. Shapes are kept within bounds (``LEAST``,
-``STRIDE``, ``CHUNK``) in which a token's attention is the same to the bit whatever else is in the pass.
+``BLOCK``, ``MOST``, ``STRIDE``, ``CHUNK``) in which a token's attention is the same to the bit whatever else is in the
+pass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from sam.errors import SamError
 
 NAME = "sam_ragged"
 LEAST = 8  # queries of a key head in one product, at least
+BLOCK, MOST = 6, 60
+"""Where MKL multiplies with AVX2 on Intel's processors, queries come in multiples of the first, as what is left over is
+summed in another order, and at most so many at a time, as more may be."""
 STRIDE = 16  # slots are attended to in multiples of this
 CHUNK = 128  # slots summed over in one product, at most
 
@@ -106,8 +111,9 @@ class Pass:
         self.rows, self.slots = torch.tensor(table, device=device).T.contiguous()
         self.spare = rounded(len(table)) - len(table)
         self.positions = torch.nn.functional.pad(self.slots, (0, self.spare)).unsqueeze(0)
-        least = -(-LEAST // share)
-        self.groups = [_group(rows, chosen, skip, width, least, device) for chosen, skip, width in _tiers(rows, least)]
+        block = BLOCK // math.gcd(BLOCK, share) if _sums_by_blocks(device) else 1
+        least = _up(-(-LEAST // share), block)
+        self.groups = [_group(rows, *tier, least, block, device) for tier in _tiers(rows, least)]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
@@ -141,7 +147,7 @@ class Pass:
         self, group: _Group, asked: Tensor, own: tuple[Tensor, Tensor], window: int | None, cap: float | None
     ) -> Tensor:
         """Attention of ``asked`` [rows, key heads, queries, dim] to the rows' own slots."""
-        scores = torch.matmul(asked, own[0]).float()
+        scores = _product(asked, own[0]).float()
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
         scores.view(len(asked), -1, group.width, group.slots).add_(self._mask(group, window))
@@ -163,10 +169,30 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """[..., queries, slots] times [..., slots, dim], summed in an order that more slots of weight 0 do not change."""
     if weights.dtype != torch.float32:  # more slots have changed no bit in trials with oneDNN's bf16 products
         return torch.matmul(weights, values)
-    out = torch.matmul(weights[..., :CHUNK], values[..., :CHUNK, :])
+    out = _product(weights[..., :CHUNK], values[..., :CHUNK, :])
     for start in range(CHUNK, values.shape[-2], CHUNK):
-        out += torch.matmul(weights[..., start : start + CHUNK], values[..., start : start + CHUNK, :])
+        out += _product(weights[..., start : start + CHUNK], values[..., start : start + CHUNK, :])
     return out
+
+
+def _product(queries: Tensor, other: Tensor) -> Tensor:
+    """[..., queries, n] times [..., n, m]."""
+    if queries.shape[-2] <= MOST or not _sums_by_blocks(queries.device.type):
+        return torch.matmul(queries, other)
+    return torch.cat([torch.matmul(some, other) for some in queries.split(MOST, -2)], -2)
+
+
+@cache
+def _sums_by_blocks(device: str) -> bool:
+    """Whether a query's sums in fp32 hang on how many queries a product has, if that is no multiple of ``BLOCK``."""
+    if device != "cpu":
+        return False
+    draw = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(1, 1, *shape, generator=draw) for shape in ((2 * BLOCK, 64), (64, 64)))
+    whole = torch.matmul(queries, keys)
+    return not all(
+        torch.equal(torch.matmul(queries[:, :, :count], keys), whole[:, :, :count]) for count in range(LEAST, 2 * BLOCK)
+    )
 
 
 def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, int]]:
@@ -185,7 +211,9 @@ def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, in
         left = left[: -len(together)]
 
 
-def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, device: str) -> _Group:
+def _group(
+    rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, block: int, device: str
+) -> _Group:
     starts = np.cumsum([0, *(row.count for row in rows)])
     counts = [min(rows[number].count - skip, width) for number in chosen]
     table = [
@@ -194,7 +222,7 @@ def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, le
         for t in range(count)
     ]
     tokens, row, at = torch.tensor(table, device=device).T.contiguous()
-    width = max(width, least)
+    width = _up(max(width, least), block)
     slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
     together = chosen[-1] - chosen[0] + 1 == len(chosen)
     return _Group(
