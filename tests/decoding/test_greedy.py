@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
+import platform
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from itertools import islice, product
@@ -28,6 +32,39 @@ def test_tokens_are_those_of_generate_at_every_batch_size(stopping: Base, size: 
     answers = decode(stopping, TYPES, TEXTS, DecodeSpec(30, size))
     assert answers == [oracle(stopping, text, 30) for text in TEXTS]
     assert len(set(lengths(answers))) > 4 and {a.truncated for a in answers} == {True, False}
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest() -> None:
+    torch.manual_seed(0)
+    for width in (7, 128, 1024, 1000):
+        logits = torch.randn(40, width).round()  # with many equal ones
+        logits[3] = -math.inf
+        logits[4, 5] = math.nan
+        expected = [row.index(max(row)) for row in logits.tolist()]
+        expected[4] = 5
+        assert greedy._likeliest(logits).tolist() == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc only")
+def test_memory_that_is_freed_is_kept() -> None:
+    """In a process of its own, as it holds for the whole of one."""
+    script = """if True:
+    import resource, sys, torch
+    from sam.decoding import greedy
+    torch.set_num_threads(1)
+    if sys.argv[1] == "kept":
+        greedy._keep_memory()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        large = [torch.ones(6 << 20) for _ in range(6)]
+        large.clear()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    faults = []
+    for how in ("kept", "given back"):
+        command = [sys.executable, "-c", script, how]
+        faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout))
+    assert faults[0] < 100 and faults[0] < faults[1]
 
 
 def test_order_of_texts_and_company_are_irrelevant(stopping: Base) -> None:
