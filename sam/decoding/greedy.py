@@ -26,8 +26,6 @@ from sam.errors import SamError
 ADMIT = 768
 """Prompt tokens let into one forward pass, at least one prompt's: enough to fill the processor, few enough not to
 hold up the rows that are being answered."""
-
-
 MALLOC = {-3: 1 << 25, -1: (1 << 31) - 1}
 """glibc's M_MMAP_THRESHOLD, the largest that there is, and M_TRIM_THRESHOLD: bytes from which on what is freed goes
 back to the system."""
@@ -106,8 +104,13 @@ def stream(
 
 @cache
 def _keep_memory() -> None:
-    """Let glibc keep what is freed for what comes next, as the logits of each pass and the caches are large: to have
-    memory from the system anew costs time, many times more in a virtual machine. Elsewhere nothing happens."""
+    """Let glibc keep what is freed, in this process from now on, for what comes next: what passes take and give back,
+    up to 32 MiB at a time, would come from the system anew, which costs time, many times more in a virtual machine.
+
+    A lane's thread keeps it in part only. Nothing happens where there is another C library, or the user has set this.
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
     with suppress(AttributeError, OSError, TypeError):
         for name, size in MALLOC.items():
             ctypes.CDLL(None).mallopt(name, size)
@@ -356,7 +359,8 @@ class _Lane:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """The first of the largest of each row: [rows]. ``argmax`` of long rows is not vectorised on a CPU; ``amax`` is."""
+    """Where each row's largest is, the first of equal ones: [rows]. ``amax`` is vectorised on a CPU, ``argmax`` is not,
+    so that it looks only for the range, of those that a vocabulary is divided in, and within it."""
     if logits.shape[-1] % RANGE:
         return logits.argmax(-1)
     ranges = logits.unflatten(-1, (-1, RANGE))

@@ -60,7 +60,7 @@ def packed_int8(
     zeros = torch.zeros(width, dtype=torch.int32)
 
     def forward(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, count).float() * factor
+        rows = x.reshape(-1, count).float() * factor  # a tensor of its own, also where it is x times 1
         step = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
         # The sign bit turned over adds 128: oneDNN multiplies tokens without a sign twice as fast.
         tokens = rows.div_(step).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)

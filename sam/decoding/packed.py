@@ -293,7 +293,7 @@ def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
 
     def in_blocks(x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, x.shape[-1])
-        count = len(rows) + -len(rows) % ROWS
+        count = -(-len(rows) // ROWS) * ROWS
         padded, found = rows.new_zeros(count, x.shape[-1], dtype=dtype), rows.new_empty(count, width, dtype=result)
         padded[: len(rows)] = rows
         for start in range(0, count, ROWS):

@@ -29,8 +29,8 @@ from sam.errors import SamError
 NAME = "sam_ragged"
 LEAST = 8  # queries of a key head in one product, at least
 BLOCK, MOST = 6, 60
-"""Where MKL multiplies with AVX2 on Intel's processors, queries come in multiples of the first, as what is left over is
-summed in another order, and at most so many at a time, as more may be."""
+"""With AVX2 on Intel's processors, MKL sums what is left over of blocks of so many queries in another order, and some
+products of more queries than the second too."""
 STRIDE = 16  # slots are attended to in multiples of this
 CHUNK = 128  # slots summed over in one product, at most
 
@@ -70,7 +70,7 @@ class KeyValues:
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros, as a masked slot must hold a finite number; on a CPU, memory that is taken only where it is written."""
+    """Zeros, as a masked slot must hold a finite number; on a CPU, of memory that is new only where it is written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     raw = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
@@ -111,9 +111,8 @@ class Pass:
         self.rows, self.slots = torch.tensor(table, device=device).T.contiguous()
         self.spare = rounded(len(table)) - len(table)
         self.positions = torch.nn.functional.pad(self.slots, (0, self.spare)).unsqueeze(0)
-        block = BLOCK // math.gcd(BLOCK, share) if _sums_by_blocks(device) else 1
-        least = _up(-(-LEAST // share), block)
-        self.groups = [_group(rows, *tier, least, block, device) for tier in _tiers(rows, least)]
+        least = -(-LEAST // share)
+        self.groups = [_group(rows, chosen, skip, width, least, device) for chosen, skip, width in _tiers(rows, least)]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
@@ -176,19 +175,24 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _product(queries: Tensor, other: Tensor) -> Tensor:
-    """[..., queries, n] times [..., n, m]."""
-    if queries.shape[-2] <= MOST or not _sums_by_blocks(queries.device.type):
+    """[rows, heads, queries, n] times [rows, heads, n, m]."""
+    if queries.dtype != torch.float32 or queries.device.type != "cpu" or not _sums_by_blocks():
         return torch.matmul(queries, other)
-    return torch.cat([torch.matmul(some, other) for some in queries.split(MOST, -2)], -2)
+    rows, _, count, _ = queries.shape
+    queries = torch.nn.functional.pad(queries, (0, 0, 0, -count % BLOCK))
+    if other.shape[:2].numel() == 1:  # threads would share a single product's queries, not by blocks
+        queries, other = queries.expand(2, -1, -1, -1), other.expand(2, -1, -1, -1)
+    found = [torch.matmul(some, other) for some in queries.split(MOST, -2)]
+    return torch.cat(found, -2)[:rows, :, :count].contiguous()
 
 
 @cache
-def _sums_by_blocks(device: str) -> bool:
-    """Whether a query's sums in fp32 hang on how many queries a product has, if that is no multiple of ``BLOCK``."""
-    if device != "cpu":
-        return False
+def _sums_by_blocks() -> bool:
+    """Whether a query's sums hang on how many queries a product on the CPU has, if that is no multiple of ``BLOCK``."""
     draw = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(1, 1, *shape, generator=draw) for shape in ((2 * BLOCK, 64), (64, 64)))
+    queries, keys = (
+        torch.randn(2, 1, count, 64, generator=draw, device="cpu", dtype=torch.float32) for count in (2 * BLOCK, 64)
+    )
     whole = torch.matmul(queries, keys)
     return not all(
         torch.equal(torch.matmul(queries[:, :, :count], keys), whole[:, :, :count]) for count in range(LEAST, 2 * BLOCK)
@@ -211,9 +215,7 @@ def _tiers(rows: Sequence[Row], least: int) -> Iterator[tuple[list[int], int, in
         left = left[: -len(together)]
 
 
-def _group(
-    rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, block: int, device: str
-) -> _Group:
+def _group(rows: Sequence[Row], chosen: Sequence[int], skip: int, width: int, least: int, device: str) -> _Group:
     starts = np.cumsum([0, *(row.count for row in rows)])
     counts = [min(rows[number].count - skip, width) for number in chosen]
     table = [
@@ -222,7 +224,7 @@ def _group(
         for t in range(count)
     ]
     tokens, row, at = torch.tensor(table, device=device).T.contiguous()
-    width = _up(max(width, least), block)
+    width = max(width, least)
     slot = torch.tensor([rows[n].past + skip for n in chosen], device=device)[:, None]
     together = chosen[-1] - chosen[0] + 1 == len(chosen)
     return _Group(

@@ -12,7 +12,7 @@ from sam.options import options
 
 MODES = ("exact", "fast")
 
-DECODER_VERSION = 5
+DECODER_VERSION = 6
 """Part of every answer's key: to be raised when a change of the decoder changes how answers are rounded."""
 
 

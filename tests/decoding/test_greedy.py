@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from itertools import islice, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from sam.decoding.greedy import Answer, decode, decode_prompts, stream
 from sam.decoding.packed import PackedWeights
 from sam.errors import SamError
 from tests.decoding.oracle import TEXTS, TYPES, Silent, lengths, numbers, oracle, passes
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 32])
@@ -46,25 +49,40 @@ def test_the_likeliest_token_is_the_first_of_the_largest() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc only")
-def test_memory_that_is_freed_is_kept() -> None:
-    """In a process of its own, as it holds for the whole of one."""
+@pytest.mark.parametrize("set_by_user", [False, True])
+def test_memory_that_is_freed_is_kept_unless_the_user_says_otherwise(set_by_user: bool) -> None:
+    """In processes of their own, as it holds for the whole of one, and in a thread, as lanes are."""
     script = """if True:
-    import resource, sys, torch
+    import resource, sys, threading, torch
     from sam.decoding import greedy
     torch.set_num_threads(1)
     if sys.argv[1] == "kept":
         greedy._keep_memory()
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        large = [torch.ones(6 << 20) for _ in range(6)]
-        large.clear()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    def work():
+        global faults
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            large = [torch.ones(1 << 20) for _ in range(30)]
+            large.clear()
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    print(faults)
     """
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k not in ("GLIBC_TUNABLES", "LD_PRELOAD")
+    }
+    environment = {**clean, **({"MALLOC_TOP_PAD_": "131072"} if set_by_user else {})}
     faults = []
     for how in ("kept", "given back"):
         command = [sys.executable, "-c", script, how]
-        faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout))
-    assert faults[0] < 100 and faults[0] < faults[1]
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
+        )
+        faults.append(int(done.stdout))
+    assert faults[1] > 1000
+    assert (3 * faults[0] < faults[1]) != set_by_user
 
 
 def test_order_of_texts_and_company_are_irrelevant(stopping: Base) -> None:

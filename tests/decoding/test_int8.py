@@ -72,6 +72,15 @@ def test_neighbouring_weights_fit_in_sixteen_bits(scale: float) -> None:
 
 
 @in_int8
+@pytest.mark.parametrize("divisor", [None, torch.full((64,), 2.0)])
+def test_what_is_multiplied_stays_as_it_is(divisor: Tensor | None) -> None:
+    x = torch.randn(5, 64)
+    before = x.clone()
+    packed_int8(torch.randn(16, 64), None, torch.float32, divisor)(x)
+    assert torch.equal(x, before)
+
+
+@in_int8
 def test_large_inputs_are_evened_out_with_their_weights() -> None:
     """Outliers that are in the same inputs of all tokens, as in most language models, cost the others little."""
     generator = torch.Generator().manual_seed(0)
