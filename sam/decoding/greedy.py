@@ -27,8 +27,8 @@ ADMIT = 768
 """Prompt tokens let into one forward pass, at least one prompt's: enough to fill the processor, few enough not to
 hold up the rows that are being answered."""
 MALLOC = {-3: 1 << 25, -1: (1 << 31) - 1}
-"""glibc's M_MMAP_THRESHOLD, the largest that there is, and M_TRIM_THRESHOLD: bytes from which on what is freed goes
-back to the system."""
+"""``mallopt``'s numbers and what they are set to, in bytes: blocks up to M_MMAP_THRESHOLD (-3; at most 32 MiB) come
+from the heap, which shrinks only if more than M_TRIM_THRESHOLD (-1) are free at its end."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ def stream(
     threads on each of two products lose less in waiting for each other than all of them on one. The model is the lanes'
     until the iterator has ended or is closed.
 
+    On a CPU glibc keeps, in the whole process from then on, memory that is freed, unless the user has set its
+    ``MALLOC_…`` variables.
+
     ``drafter`` guesses tokens ahead, from ``earlier`` answers to the same prompts too ("" for none), such as a sibling
     model's; no answer depends on them. A model without packed layers works as well (see :mod:`sam.decoding.packed`).
     ``automata``: the language of each prompt's answer, which ``spec.constrained`` needs and nothing else may have.
@@ -107,7 +110,8 @@ def _keep_memory() -> None:
     """Let glibc keep what is freed, in this process from now on, for what comes next: what passes take and give back,
     up to 32 MiB at a time, would come from the system anew, which costs time, many times more in a virtual machine.
 
-    A lane's thread keeps it in part only. Nothing happens where there is another C library, or the user has set this.
+    A lane's thread keeps it in part only, as glibc gives back a thread's heaps of 64 MiB that are empty. Nothing
+    happens where there is another C library, or the user has set this.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -360,7 +364,7 @@ class _Lane:
 
 def _likeliest(logits: Tensor) -> Tensor:
     """Where each row's largest is, the first of equal ones: [rows]. ``amax`` is vectorised on a CPU, ``argmax`` is not,
-    so that it looks only for the range, of those that a vocabulary is divided in, and within it."""
+    which so looks for the range of :data:`~sam.decoding.packed.RANGE` logits that has it, and then within that."""
     if logits.shape[-1] % RANGE:
         return logits.argmax(-1)
     ranges = logits.unflatten(-1, (-1, RANGE))

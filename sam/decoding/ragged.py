@@ -29,8 +29,8 @@ from sam.errors import SamError
 NAME = "sam_ragged"
 LEAST = 8  # queries of a key head in one product, at least
 BLOCK, MOST = 6, 60
-"""With AVX2 on Intel's processors, MKL sums what is left over of blocks of so many queries in another order, and some
-products of more queries than the second too."""
+"""On Intel's processors without AVX-512, MKL sums the queries that are left over of blocks of ``BLOCK`` in another
+order, and so some products of more than ``MOST`` queries."""
 STRIDE = 16  # slots are attended to in multiples of this
 CHUNK = 128  # slots summed over in one product, at most
 
@@ -180,9 +180,11 @@ def _product(queries: Tensor, other: Tensor) -> Tensor:
         return torch.matmul(queries, other)
     rows, _, count, _ = queries.shape
     queries = torch.nn.functional.pad(queries, (0, 0, 0, -count % BLOCK))
-    if other.shape[:2].numel() == 1:  # threads would share a single product's queries, not by blocks
+    if other.shape[:2].numel() == 1:  # several threads would divide a single matrix's queries, within blocks
         queries, other = queries.expand(2, -1, -1, -1), other.expand(2, -1, -1, -1)
-    found = [torch.matmul(some, other) for some in queries.split(MOST, -2)]
+    pieces = -(-queries.shape[-2] // MOST)  # about equal ones, as each has to be of LEAST at least
+    size = _up(-(-queries.shape[-2] // pieces), BLOCK)
+    found = [torch.matmul(some, other) for some in queries.split(size, -2)]
     return torch.cat(found, -2)[:rows, :, :count].contiguous()
 
 

@@ -59,6 +59,9 @@ def cases() -> Iterator[tuple[int, int, int, int, Row, int]]:
         yield 2 if heads == 2 else 4, heads, share, dim, Row(count, 16), share
     for count in (2, 33):
         yield 1, 2, 7, 80, Row(count, 150), 7
+    for count, share in ((21, 3), (63, 1)):  # a few queries more than a product has at most
+        yield 1, 2, share, 64, Row(count, 16), share
+    yield 8, 3, 3, 64, Row(20, 16), 3
     for count in (1, 3, 4, 50):
         yield 1, 2, 8, 64, Row(count, 16), 6
 
