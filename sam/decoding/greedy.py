@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from queue import SimpleQueue
 
 import torch
@@ -18,6 +15,7 @@ from sam import grammar, prompts
 from sam.base import Base
 from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Language, Memory
+from sam.decoding.malloc import keep_freed
 from sam.decoding.packed import RANGE, packs
 from sam.decoding.ragged import KeyValues, Pass, Row, ragged, rounded
 from sam.decoding.spec import DecodeSpec
@@ -26,9 +24,6 @@ from sam.errors import SamError
 ADMIT = 768
 """Prompt tokens let into one forward pass, at least one prompt's: enough to fill the processor, few enough not to
 hold up the rows that are being answered."""
-MALLOC = {-3: 1 << 25, -1: (1 << 31) - 1}
-"""``mallopt``'s numbers and what they are set to, in bytes: blocks up to M_MMAP_THRESHOLD (-3; at most 32 MiB) come
-from the heap, which shrinks only if more than M_TRIM_THRESHOLD (-1) are free at its end."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ def stream(
     if not parts:
         return
     if torch.device(base.device).type == "cpu":
-        _keep_memory()
+        keep_freed()
     held = None if automata is None else walks(base, automata)
     waiting = _Waiting(base, parts, earlier or [""] * len(parts), held, known, backwards)
     drafter = drafter or Drafter()
@@ -103,21 +98,6 @@ def stream(
         with ragged(base.model):
             found = lanes[0].step()
         yield from found
-
-
-@cache
-def _keep_memory() -> None:
-    """Let glibc keep what is freed, in this process from now on, for what comes next: what passes take and give back,
-    up to 32 MiB at a time, would come from the system anew, which costs time, many times more in a virtual machine.
-
-    A lane's thread keeps it in part only, as glibc gives back a thread's heaps of 64 MiB that are empty. Nothing
-    happens where there is another C library, or the user has set this.
-    """
-    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with suppress(AttributeError, OSError, TypeError):
-        for name, size in MALLOC.items():
-            ctypes.CDLL(None).mallopt(name, size)
 
 
 def _lanes(base: Base, spec: DecodeSpec, count: int) -> int:

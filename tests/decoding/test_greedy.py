@@ -6,14 +6,10 @@ import copy
 import dataclasses
 import math
 import os
-import platform
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from itertools import islice, product
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +22,6 @@ from sam.decoding.greedy import Answer, decode, decode_prompts, stream
 from sam.decoding.packed import PackedWeights
 from sam.errors import SamError
 from tests.decoding.oracle import TEXTS, TYPES, Silent, lengths, numbers, oracle, passes
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 32])
@@ -46,39 +40,6 @@ def test_the_likeliest_token_is_the_first_of_the_largest() -> None:
         expected = [row.index(max(row)) for row in logits.tolist()]
         expected[4] = 5
         assert greedy._likeliest(logits).tolist() == expected
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc only")
-@pytest.mark.parametrize("set_by_user", [False, True])
-def test_memory_that_is_freed_is_kept_unless_the_user_says_otherwise(set_by_user: bool) -> None:
-    """In processes of their own, as it holds for the whole of one, without the system's huge pages."""
-    script = """if True:
-    import ctypes, resource, sys, torch
-    from sam.decoding import greedy
-    torch.set_num_threads(1)
-    if sys.argv[1] == "kept":
-        greedy._keep_memory()
-    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        large = [torch.ones(1 << 20) for _ in range(30)]
-        large.clear()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    print(faults)
-    """
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k not in ("GLIBC_TUNABLES", "LD_PRELOAD")
-    }
-    environment = {**clean, **({"MALLOC_TOP_PAD_": "131072"} if set_by_user else {})}
-    faults = []
-    for how in ("kept", "given back"):
-        command = [sys.executable, "-c", script, how]
-        done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
-        )
-        faults.append(int(done.stdout))
-    assert faults[1] > 1000
-    assert (10 * faults[0] < faults[1]) != set_by_user
 
 
 def test_order_of_texts_and_company_are_irrelevant(stopping: Base) -> None:
