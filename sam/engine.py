@@ -12,6 +12,7 @@ from typing import Any
 from sam import grammar, prompts
 from sam.base import Base, BaseSpec, device_of, folder, identity, load, settings_hash
 from sam.decoding import AnswerStore, DecodeSpec
+from sam.decoding.compiled import weights_of
 from sam.decoding.drafts import Drafter
 from sam.decoding.greedy import stream
 from sam.decoding.packed import PackedWeights
@@ -188,7 +189,7 @@ class Engine:
             return
         self.reset()
         if self._weights is None:
-            self._weights = PackedWeights.of(self.base, self.decoding.mode, constrained=self.decoding.constrained)
+            self._weights = weights_of(self.base, self.decoding.mode, constrained=self.decoding.constrained)
         with self.timed("merge"):
             adapters = [self.adapter(e) for e in experts]
             self._weights.apply(merge_modules(adapters, list(experts), merge))

@@ -17,8 +17,8 @@ from experiments.comparison import counts_of
 from sam import grammar, prompts
 from sam.base import Base, BaseSpec, load
 from sam.decoding import DecodeSpec
+from sam.decoding.compiled import weights_of
 from sam.decoding.greedy import Answer, decode_prompts
-from sam.decoding.packed import PackedWeights
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.launch import compose
@@ -157,7 +157,7 @@ def _counts(answers: Sequence[Answer], asked: Sequence[Asked]) -> bootstrap.Coun
 
 def _ours(base: Base, mode: str, parts: Parts, modules: Callable[[], Any], held: Sequence[Asked] | None = None) -> Work:
     """``held``: what is asked, where only answers to it can be written (``decode=constrained``)."""
-    weights = PackedWeights.of(base, mode, constrained=held is not None)
+    weights = weights_of(base, mode, constrained=held is not None)
     spec = DecodeSpec(max_new_tokens=LIMIT, mode=mode, constrained=held is not None)
 
     def work() -> list[Answer]:

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sam import grammar, prompts
 from sam.base import Base
+from sam.decoding.compiled import caches
 from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Language, Memory
 from sam.decoding.malloc import keep_freed
@@ -107,7 +109,8 @@ def _lanes(base: Base, spec: DecodeSpec, count: int) -> int:
         return 1
     # A process, or a thread that OpenMP has bound, may be held to one core, and all that it starts with it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    return 2 if cores > 1 and base.model.dtype == torch.float32 and packs(torch.float32) else 1
+    in_torch = caches(base.model) is KeyValues  # what is compiled has all threads
+    return 2 if cores > 1 and in_torch and base.model.dtype == torch.float32 and packs(torch.float32) else 1
 
 
 def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, Answer]]:
@@ -231,8 +234,9 @@ class _Lane:
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
         slots = waiting.longest + spec.max_new_tokens
-        self.cache = KeyValues(min(spec.batch_size, len(waiting.rows)), slots)
-        self.shared: dict[int, tuple[KeyValues, int]] = {}  # prefix -> where it was run, once for all rows with it
+        self.caches = caches(base.model)
+        self.cache = self.caches(min(spec.batch_size, len(waiting.rows)), slots)
+        self.shared: dict[int, tuple[Any, int]] = {}  # prefix -> where it was run, once for all rows with it
 
     def busy(self) -> bool:
         """Whether there is anything left to do."""
@@ -245,7 +249,7 @@ class _Lane:
         if not self.rows:
             return []
         least = _worth(len(self.rows), self.base.device)
-        for row in self.rows:
+        for row in [row for row in self.rows if row.made or self.cache.guesses_at_once]:
             row.draft = self.drafter.guess(row.memory, self.spec.max_new_tokens - len(row.made) - 1, least)
             if row.walk:
                 row.draft = row.walk.possible(row.draft)
@@ -255,7 +259,7 @@ class _Lane:
         for row in self.rows:
             at += len(row.feed())
             keep += range(at - len(row.draft) - 1, at)
-        rows = [Row(len(row.feed()), row.past) for row in self.rows]
+        rows = [Row(len(row.feed()), row.past, bool(row.made)) for row in self.rows]
         logits = self._forward(self.cache, rows, [t for row in self.rows for t in row.feed()], keep)
         likeliest = _likeliest(logits).tolist()
         at = 0
@@ -289,7 +293,7 @@ class _Lane:
         known = [*_ids(self.base, earlier), self.base.stop_ids[0]] if earlier else []
         return Memory(self.language, self.waiting.texts[row.index], row.suffix, known)
 
-    def _prefix(self, number: int) -> tuple[KeyValues, int]:
+    def _prefix(self, number: int) -> tuple[Any, int]:
         """Keys and values of a prefix, and their row; prefixes whose rows come next are run in the same pass."""
         if number not in self.shared:
             ids = self.waiting.prefixes[number : number + 1]
@@ -298,12 +302,12 @@ class _Lane:
                 if (len(ids) + 1) * max(len(other), *map(len, ids)) > ADMIT:
                     break
                 ids.append(other)
-            heads = KeyValues(len(ids), max(map(len, ids)))
+            heads = self.caches(len(ids), max(map(len, ids)))
             self._forward(heads, [Row(len(i), 0) for i in ids], [t for i in ids for t in i], [0])
             self.shared = {number + row: (heads, row) for row in range(len(ids))}
         return self.shared[number]
 
-    def _forward(self, cache: KeyValues, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> Tensor:
+    def _forward(self, cache: Any, rows: Sequence[Row], ids: Sequence[int], keep: Sequence[int]) -> Tensor:
         """Run ``ids`` through the model; returns the logits [len(keep), vocabulary] after those at ``keep``."""
         device = self.base.device
         now = Pass(cache, rows, self.share, device)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ _LAYERS = ("full_attention", "sliding_attention")
 class KeyValues:
     """Keys [rows, heads, dim, slots] and values [rows, heads, slots, dim] by layer, made as the first pass shows each
     layer's shape."""
+
+    guesses_at_once = True  # whether a prompt may come with guesses of its answer
 
     def __init__(self, rows: int, slots: int) -> None:
         self.rows, self.slots = rows, _up(slots, STRIDE)
@@ -79,10 +81,12 @@ def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
 
 @dataclass
 class Row:
-    """What one sentence brings to a pass: ``count`` new tokens after the ``past`` kept ones."""
+    """What one sentence brings to a pass: ``count`` new tokens after the ``past`` kept ones; whether they are of its
+    answer, with guesses, and not (also) of its prompt."""
 
     count: int
     past: int
+    answers: bool = False
 
 
 @dataclass
@@ -103,16 +107,21 @@ class _Group:
 class Pass:
     """What the attention of one forward pass needs to know; the same for all layers."""
 
-    def __init__(self, cache: KeyValues, rows: Sequence[Row], share: int, device: str) -> None:
-        """``rows``: those of the cache, from the first on; ``share``: query heads that a key head has, mostly. The
-        pass's tokens come row by row."""
-        self.cache = cache
+    def __init__(self, cache: Any, rows: Sequence[Row], share: int, device: str) -> None:
+        """``cache``: a :class:`KeyValues`, if this attends. ``rows``: those of the cache, from the first on; ``share``:
+        query heads that a key head has, mostly. The pass's tokens come row by row."""
+        self.cache, self.given = cache, rows
+        self._least, self._device = -(-LEAST // share), device
         table = [(number, row.past + t) for number, row in enumerate(rows) for t in range(row.count)]
         self.rows, self.slots = torch.tensor(table, device=device).T.contiguous()
         self.spare = rounded(len(table)) - len(table)
         self.positions = torch.nn.functional.pad(self.slots, (0, self.spare)).unsqueeze(0)
-        least = -(-LEAST // share)
-        self.groups = [_group(rows, chosen, skip, width, least, device) for chosen, skip, width in _tiers(rows, least)]
+
+    @cached_property
+    def groups(self) -> list[_Group]:
+        """The rows, by how their attention is computed."""
+        rows, least = self.given, self._least
+        return [_group(rows, chosen, skip, width, least, self._device) for chosen, skip, width in _tiers(rows, least)]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None

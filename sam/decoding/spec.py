@@ -46,7 +46,7 @@ class DecodeSpec:
         import torch
         import transformers
 
-        from sam.decoding.packed import products
+        from sam.decoding.compiled import product_names
 
         versions = [torch.__version__.split("+")[0], transformers.__version__]
         # On a GPU, or with a model in half precision, rounding depends on what else is in a batch, and can change the
@@ -60,7 +60,7 @@ class DecodeSpec:
             "method": "greedy",
             "decoder": DECODER_VERSION,
             "max_new_tokens": self.max_new_tokens,
-            "dtype": products(self.mode, dtype, kind),
+            "dtype": product_names(self.mode, dtype, kind),
             "device": kind,
             "versions": versions,
         }

@@ -267,13 +267,13 @@ def score_adapter(
 
     Asked for all types of the split.
     """
+    from sam.decoding.compiled import weights_of
     from sam.decoding.greedy import decode as run
-    from sam.decoding.packed import PackedWeights
     from sam.merging import AdapterDeltas, MergeSpec, merge_modules
     from sam.scoring import score
 
     found: dict[str, dict[str, Any]] = {}
-    with PackedWeights.of(base, decode.mode, constrained=decode.constrained) as weights:
+    with weights_of(base, decode.mode, constrained=decode.constrained) as weights:
         weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
         for dataset, (split, sentences) in held.items():
             types = entity_types(corpora.load(dataset, split))

@@ -24,6 +24,7 @@ from transformers import (
 from sam import prompts
 from sam.base import Base
 from sam.decoding import DecodeSpec, greedy, ragged
+from sam.decoding.compiled import weights_of
 from sam.decoding.drafts import Drafter
 from sam.decoding.greedy import decode, decode_prompts, stream
 from sam.decoding.packed import PackedWeights
@@ -120,7 +121,7 @@ def test_logits_are_the_same_to_the_bit_in_any_company(
 
     monkeypatch.setattr(greedy._Lane, "_forward", watched)
     found = []
-    with PackedWeights(smollm.model, mode, all_logits=False) as weights:
+    with weights_of(smollm, mode, constrained=False) as weights:
         weights.apply([])
         for size, drafter in ((1, Silent()), (8, Drafter()), (3, Drafter())):  # by 3, rows join those under way
             dict(stream(smollm, parts, DecodeSpec(8, size, mode), drafter))

@@ -1,0 +1,427 @@
+"""The base model's layers compiled by OpenVINO, in place of torch's: ``fast`` on a processor with AMX.
+
+There torch spends most of a pass between the products, which OpenVINO fuses. It works in bf16 throughout, with paged
+attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a list of sequences, each
+with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
+
+A token's result is the same to the bit whatever else is in the pass, as
+
+- a prompt comes in one pass and is one sequence. A token of an answer is a sequence of its own, though it may come with
+  guesses of what follows: OpenVINO sums otherwise for one token than for several. It keeps all new keys and values of a
+  pass before it attends, so that a guess sees those before it;
+- what fills a pass up is a sequence of several tokens, as it sums otherwise in a pass in which all have one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging as hf_logging
+
+from sam.base import Base, has_amx
+from sam.decoding.packed import HALF, PackedWeights, products
+from sam.decoding.ragged import KeyValues, Pass, rounded
+from sam.errors import SamError
+
+NAME = "sam_compiled"
+TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""Of the models that are compiled: those that the tests compile."""
+SIZE = 32  # slots of a block, as OpenVINO has them on a CPU
+LEAST = 2  # threads; with one, 2026.4 divides by zero where feed-forward blocks are fused
+TRACED = 4  # tokens of the example that shows what the model does; any number of several would do
+PARTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
+OUTER = "self.decoder."  # how OpenVINO names the weights of what is traced
+
+
+@cache
+def compiler() -> str | None:
+    """OpenVINO and its version, where ``fast`` uses it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return f"OpenVINO {version('openvino')}" if has_amx() and cores >= LEAST else None
+    except PackageNotFoundError:
+        return None
+
+
+def product_names(mode: str, dtype: str, device: str) -> str:
+    """As :func:`~sam.decoding.packed.products`, with the compiler of models that it can compile."""
+    found = products(mode, dtype, device)
+    return f"{found}, {compiler()}" if found.startswith(HALF) and compiler() else found
+
+
+def weights_of(base: Base, mode: str, *, constrained: bool) -> PackedWeights:
+    """What merges are applied by for answers of ``base``, as :meth:`PackedWeights.of`."""
+    model = base.model
+    half = products(mode, str(model.dtype).removeprefix("torch."), torch.device(base.device).type).startswith(HALF)
+    compiled = half and compiler() and compiles(model.config.get_text_config())
+    return (CompiledWeights if compiled else PackedWeights).of(base, mode, constrained=constrained)
+
+
+def compiles(config: Any) -> bool:
+    """Whether a model of the (text) ``config`` is compiled: not if its rotations hang on how long the text is."""
+
+    def kinds(rope: object) -> Iterable[object]:
+        if isinstance(rope, Mapping):
+            yield rope.get("rope_type")
+            for inner in rope.values():
+                yield from kinds(inner)
+
+    return config.model_type in TYPES and not {"dynamic", "longrope"} & set(
+        kinds(getattr(config, "rope_parameters", None))
+    )
+
+
+def caches(model: Any) -> Callable[[int, int], KeyValues | Blocks]:
+    """What makes a cache (rows, slots) for ``model`` as it is now."""
+    forward = vars(model.base_model).get("forward")
+    return forward.cache if isinstance(forward, Compiled) else KeyValues
+
+
+class Blocks:
+    """Keys and values by layer, [blocks, heads, SIZE, dim] each, zero at first. A row has a share of the blocks, what
+    fills a pass up the last block."""
+
+    guesses_at_once = False  # OpenVINO clears what follows a prompt in its last block after all new tokens are kept
+
+    def __init__(self, rows: int, slots: int, shapes: Sequence[tuple[int, int]], kind: str) -> None:
+        """``shapes``: (heads, dim) of each tensor; ``kind``: OpenVINO's name of their dtype."""
+        import openvino
+
+        self.rows, self.each = rows, -(-slots // SIZE)
+        dtype, numpy_dtype = {"bf16": (openvino.Type.bf16, np.uint16), "f32": (openvino.Type.f32, np.float32)}[kind]
+        self._shares = list(range(rows))
+        self.last = rows * self.each
+        # Of memory that is new only where it is written.
+        self._arrays = [np.zeros((self.last + 1, heads, SIZE, dim), dtype=numpy_dtype) for heads, dim in shapes]
+        self.tensors = [openvino.Tensor(a.reshape(-1), openvino.Shape(a.shape), dtype) for a in self._arrays]
+
+    def first(self, row: int) -> int:
+        """The first of a row's blocks; the others follow."""
+        return self._shares[row] * self.each
+
+    def move(self, source: int, to: int, slots: int) -> None:
+        """Give a row, of any number of ``slots``, the place of another one, which gets its place."""
+        self._shares[source], self._shares[to] = self._shares[to], self._shares[source]
+
+    def copy_from(self, other: Blocks, source: int, to: int, slots: int) -> None:
+        """Copy the first ``slots`` of row ``source`` of ``other`` into a row here."""
+        count, theirs, ours = -(-slots // SIZE), other.first(source), self.first(to)
+        for array, given in zip(self._arrays, other._arrays, strict=True):
+            array[ours : ours + count] = given[theirs : theirs + count]
+
+
+class Graph:
+    """The layers of a model as OpenVINO's graph, whose weights can be set before it is compiled."""
+
+    def __init__(self, model: Any, kind: str) -> None:
+        """``kind``: what is computed in, ``bf16`` or ``f32``."""
+        from openvino import PartialShape, Type
+
+        self._kind = kind
+        self._decoder: nn.Module = model.base_model
+        traced, self._shapes = _traced(model)
+        self._model = _converted(traced)
+        inputs = self._model.get_parameters()
+        types = [Type.i64, Type.i64, *[Type.i32] * (len(PARTS) + 1)]
+        shapes: list[list[int]] = [[1, -1], [1, -1], *[[-1]] * len(PARTS), []]
+        for heads, dim in self._shapes:
+            types.append(getattr(Type, kind))
+            shapes.append([-1, heads, SIZE, dim])
+        for given, type_, shape in zip(inputs, types, shapes, strict=True):
+            given.set_element_type(type_)
+            given.set_partial_shape(PartialShape(shape))
+        self._model.validate_nodes_and_infer_types()
+        self._nodes = self._shared()
+        self._merged: dict[nn.Module, Any] = {}
+
+    def _shared(self) -> dict[nn.Module, Any]:
+        """The node that holds each layer's weight, of the model's own memory now in place of a copy."""
+        found = {node.get_friendly_name(): node for node in self._model.get_ops() if node.get_type_name() == "Constant"}
+        nodes: dict[nn.Module, Any] = {}
+        for name, module in self._decoder.named_modules():
+            node = found.get(f"{OUTER}{name}.weight")
+            if isinstance(module, nn.Linear | nn.Embedding) and node is not None:
+                nodes[module] = _constant(cast(Tensor, module.weight))
+                if list(node.shape) != list(module.weight.shape):
+                    raise SamError(f"{compiler()} changed the weight of {name}; uninstall openvino, or decode=exact")
+                node.output(0).replace(nodes[module].output(0))
+        return nodes
+
+    def set(self, module: nn.Module, weight: Tensor) -> None:
+        """Let ``module`` have ``weight`` (of its shape) in what is compiled next. Raises SamError for a module that is
+        not part of the graph."""
+        if module not in self._nodes:
+            raise SamError(
+                f"{compiler()} compiles no {type(module).__name__} of its own weight where the expert has one; use "
+                "decode=exact, or uninstall openvino"
+            )
+        self._merged[module] = _constant(weight.float())
+        self._nodes[module].output(0).replace(self._merged[module].output(0))
+
+    def reset(self) -> None:
+        """Give all modules the model's own weights back."""
+        for module, node in self._merged.items():
+            node.output(0).replace(self._nodes[module].output(0))
+        self._merged.clear()
+
+    def compile(self, threads: int) -> Compiled:
+        """The model with the weights as they are set; it keeps none of their memory."""
+        from openvino import Core
+
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": self._kind, "KV_CACHE_PRECISION": self._kind}
+        settings |= {"INFERENCE_NUM_THREADS": max(LEAST, threads), "NUM_STREAMS": 1}
+        made = Core().compile_model(self._model, "CPU", settings)
+        if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < LEAST:
+            raise SamError(
+                f"{compiler()} is held to {found} core and needs {LEAST} to multiply in bf16; unset OMP_PROC_BIND, or "
+                "decode=exact"
+            )
+        return Compiled(made.create_infer_request(), self._shapes, self._kind)
+
+
+class Compiled:
+    """The ``forward`` of a model's layers, for passes whose cache is one of :meth:`cache`."""
+
+    def __init__(self, request: Any, shapes: Sequence[tuple[int, int]], kind: str) -> None:
+        self._request, self._shapes, self._kind = request, shapes, kind
+        self._bound: Blocks | None = None
+
+    def cache(self, rows: int, slots: int) -> Blocks:
+        """A cache for ``rows`` of at most ``slots`` tokens each."""
+        return Blocks(rows, slots, self._shapes, self._kind)
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, sam_pass: Pass | None = None, **_: Any
+    ) -> BaseModelOutputWithPast:
+        """input_ids, position_ids [1, tokens] -> the last hidden states [1, tokens or more, dim] of the pass."""
+        if sam_pass is None:
+            raise SamError("a compiled model works only inside sam.decoding")
+        import openvino
+
+        count = len(sam_pass.rows)
+        spare = rounded(count + 2) - count  # two at least
+        self._bind(cast(Any, sam_pass.cache))
+        ids, positions = (nn.functional.pad(x[:, :count], (0, spare)).numpy() for x in (input_ids, position_ids))
+        *parts, most = _sequences(sam_pass, spare)
+        numbers = [ids, positions, *(np.array(part, dtype=np.int32) for part in (*parts, most))]
+        for number, given in enumerate(numbers):
+            self._request.set_input_tensor(number, openvino.Tensor(given))
+        self._request.infer()
+        return BaseModelOutputWithPast(
+            last_hidden_state=torch.from_numpy(self._request.get_output_tensor(0).data.copy())
+        )
+
+    def _bind(self, blocks: Blocks) -> None:
+        if blocks is not self._bound:
+            for number, tensor in enumerate(blocks.tensors, start=len(PARTS) + 3):
+                self._request.set_input_tensor(number, tensor)
+            self._bound = blocks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        return self  # a copy of the model has the same weights
+
+
+def _sequences(now: Pass, spare: int) -> tuple[list[int], list[int], list[int], list[int], int]:
+    """Of a pass's sequences, and one of ``spare`` tokens: the past of each, where its tokens begin, its blocks, where
+    they begin; and the most slots that one has."""
+    blocks = cast(Blocks, now.cache)
+    pasts: list[int] = []
+    indices: list[int] = []
+    begins, firsts, most = [0], [0], spare
+
+    def add(first: int, past: int, count: int) -> None:
+        nonlocal most
+        pasts.append(past)
+        begins.append(begins[-1] + count)
+        indices.extend(range(first, first - (-(past + count) // SIZE)))
+        firsts.append(len(indices))
+        most = max(most, past + count)
+
+    for number, row in enumerate(now.given):
+        for past, count in [(row.past + n, 1) for n in range(row.count)] if row.answers else [(row.past, row.count)]:
+            add(blocks.first(number), past, count)
+    add(blocks.last, 0, spare)
+    return pasts, begins, indices, firsts, most
+
+
+class CompiledWeights(PackedWeights):
+    """As :class:`PackedWeights`, with the layers compiled while a merge is applied, for decoding alone."""
+
+    KIND = "bf16"
+    _graph: Graph | None = None
+
+    def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
+        """As :meth:`PackedWeights.apply`. Raises SamError for a module that is not compiled."""
+        if self._graph is None:
+            self._graph = Graph(self.model, self.KIND)
+        super().apply(modules)
+        try:
+            vars(self.model.base_model)["forward"] = self._graph.compile(torch.get_num_threads())
+            self._graph.reset()
+        except BaseException:
+            self._restore()
+            raise
+
+    def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
+        if module is self._head:
+            super()._set(module, weight, merged)
+        else:
+            cast(Graph, self._graph).set(module, merged)
+
+    def _can_pack(self, module: nn.Module) -> bool:
+        return module is self._head and super()._can_pack(module)
+
+    def _restore(self) -> None:
+        vars(self.model.base_model).pop("forward", None)
+        cast(Graph, self._graph).reset()
+        super()._restore()
+
+
+def _constant(weight: Tensor) -> Any:
+    """A node of the memory of ``weight``."""
+    from openvino import op
+
+    return op.Constant(weight.detach().contiguous().numpy(), shared_memory=True)
+
+
+class _Layers(nn.Module):
+    """A model's layers as a function of tensors: those of a pass, and the cache's."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, ids: Tensor, positions: Tensor, *given: Tensor) -> Tensor:
+        found: Tensor = self.decoder(
+            input_ids=ids, position_ids=positions, use_cache=False, sam_given=given
+        ).last_hidden_state
+        return found
+
+
+def _traced(model: Any) -> tuple[Any, list[tuple[int, int]]]:
+    """The layers of ``model`` as TorchScript, and (heads, dim) of each layer's keys and values in turn."""
+    shapes: list[tuple[int, int]] = []
+    layers = model.config.get_text_config().num_hidden_layers
+    number = torch.tensor(TRACED, dtype=torch.int32)
+    given = [number[None]] * len(PARTS) + [number] + [torch.zeros(1, 1, 1, 1)] * (2 * layers)
+    before, verbosity = model.config._attn_implementation, hf_logging.get_verbosity()
+    model.config._attn_implementation = NAME
+    hf_logging.set_verbosity_error()  # tracing looks at attributes that warn
+    _SHAPES.append(shapes)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            positions = torch.arange(TRACED)[None]
+            example = (torch.zeros_like(positions), positions, *given)
+            return torch.jit.trace(_Layers(model.base_model).eval(), example, check_trace=False), shapes
+    finally:
+        _SHAPES.pop()
+        hf_logging.set_verbosity(verbosity)
+        model.config._attn_implementation = before
+
+
+_SHAPES: list[list[tuple[int, int]]] = []  # of what is being traced
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    sam_given: Sequence[Tensor] = (),
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function under ``NAME``, while a model is traced: query [1, heads, tokens, dim] -> [1, tokens,
+    heads, dim]."""
+    if not _SHAPES:
+        raise SamError(f"attention {NAME} works only inside sam.decoding")
+    parts, (keys, values) = sam_given[: len(PARTS) + 1], sam_given[len(PARTS) + 1 :][2 * module.layer_idx :][:2]
+    _SHAPES[-1].extend((int(x.shape[1]), int(x.shape[-1])) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sizes = tuple(map(int, (query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])))
+    found = torch.ops.sam.attend(query, key, value, keys, values, *parts, float(scale), sliding_window or 0, *sizes)
+    return cast(Tensor, found), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+# What is traced for it; OpenVINO's own stands for it in the graph.
+_LIBRARY = torch.library.Library("sam", "DEF")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor past_lens, "
+    "Tensor subsequence_begins, Tensor block_indices, Tensor block_indices_begins, Tensor most, float scale, "
+    "int window, int heads, int key_heads, int dim, int value_dim) -> Tensor"
+)
+_LIBRARY.impl(
+    "attend",
+    lambda query, key, value, *_: query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]),
+    "CompositeExplicitAutograd",
+)
+
+
+def _converted(traced: Any) -> Any:
+    """OpenVINO's graph of TorchScript."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch import ConversionExtension
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    # Not ``openvino.convert_model``, which does the same and reports its use to its makers.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    frontend.add_extension(ConversionExtension("sam::attend", _paged_attention))
+    source = TorchScriptPythonDecoder(traced)  # has to outlive what is done with it
+    return frontend.convert(frontend.load(source))
+
+
+def _paged_attention(context: Any) -> list[Any]:
+    """The nodes for one call of ``sam::attend``."""
+    from openvino import op, opset13
+
+    query, key, value, *rest = (context.get_input(number) for number in range(10))
+    scale, window, heads, key_heads, dim, value_dim = map(context.get_values_from_const_input, range(10, 16))
+
+    def constant(number: Any, dtype: Any) -> Any:
+        return opset13.constant(np.array(number, dtype=dtype)).output(0)
+
+    def flat(x: Any, width: int) -> Any:  # [1, heads, tokens, dim] -> [tokens, heads x dim]
+        turned = opset13.transpose(x, constant([0, 2, 1, 3], np.int64))
+        return opset13.reshape(turned, constant([-1, width], np.int64), False).output(0)
+
+    keys, values, *parts, most = rest
+    empty: list[int] = []
+    whole, real = np.int32, np.float32
+    # Alibi slopes; then scores, cache rotation, sparse attention, sinks, eviction, speculative trees: none of them.
+    unused = [
+        *[constant(empty, whole)] * 3,
+        *[constant(empty, real)] * 2,
+        *[constant(0, whole)] * 2,
+        constant(np.zeros([0] * 4), real),
+        constant(0, whole),
+        *[constant(empty, whole)] * 4,
+        constant(empty, np.uint8),
+        constant(empty, whole),
+    ]
+    found = op._PagedAttentionExtension(
+        [
+            *(flat(query, heads * dim), flat(key, key_heads * dim), flat(value, key_heads * value_dim)),
+            *(keys, values, *parts),
+            *(constant(scale, real), constant(window, whole), constant(empty, real), most),
+            *unused,
+        ]
+    )
+    sizes = {"num_k_heads": key_heads, "num_v_heads": key_heads, "k_head_size": dim, "v_head_size": value_dim}
+    for name, size in sizes.items():
+        found.get_rt_info()[name] = size
+    return [opset13.reshape(found.output(0), constant([1, -1, heads, value_dim], np.int64), False).output(0)]

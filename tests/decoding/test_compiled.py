@@ -1,0 +1,195 @@
+"""The layers compiled by OpenVINO: the same model as torch's, in fp32 as any processor has it; in bf16 with AMX."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sam.base import Base, has_amx
+from sam.decoding import DecodeSpec, compiled
+from sam.decoding.compiled import TYPES as COMPILED
+from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiler, compiles, product_names, weights_of
+from sam.decoding.greedy import decode
+from sam.decoding.packed import HALF, PackedWeights, products
+from sam.decoding.ragged import KeyValues
+from sam.errors import SamError
+from sam.merging import merged
+from tests.decoding.conftest import sliding_models
+from tests.decoding.oracle import TEXTS, TYPES, numbers, oracle
+
+pytest.importorskip("openvino")
+Q, UP, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"
+SPEC = DecodeSpec(12, 4)
+
+
+class InFull(CompiledWeights):
+    """In fp32, which every processor has."""
+
+    KIND = "f32"
+
+
+def models(vocab: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    common: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {
+        "llama": LlamaForCausalLM(
+            LlamaConfig(**common, rope_parameters={**rope, "original_max_position_embeddings": 64})
+        ).eval(),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**common)).eval(),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**common, head_dim=32)).eval(),
+        **{f"{name}{'_text' * (name == 'gemma3')}": model for name, model in sliding_models(vocab).items()},
+    }
+
+
+def deltas(model: nn.Module, names: tuple[str, ...] = (Q, UP)) -> list[tuple[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [model.get_submodule(name).weight.shape for name in names]
+    return [(name, torch.randn(shape, generator=draw) * 0.3) for name, shape in zip(names, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_answers_are_those_of_generate(tiny: Base, kind: str) -> None:
+    """Also with a merge, and after it; each text's prefix is longer than the sliding models' windows."""
+    model = models(len(tiny.tokenizer))[kind]
+    assert model.config.model_type == kind and compiles(model.config)
+    base = numbers(tiny, model=model)
+    weights = InFull(model, "exact", all_logits=False)
+    found = []
+    for given in ([], deltas(model, (Q, UP, HEAD)), []):
+        with merged(model, given):
+            expected = [oracle(base, text, 12) for text in TEXTS]
+        with weights:
+            weights.apply(given)
+            assert caches(model) is not KeyValues
+            assert decode(base, TYPES, TEXTS, SPEC) == expected
+        found.append(expected)
+    assert found[0] == found[2] and found[0] != found[1]
+
+
+def test_the_model_is_its_own_again_afterwards(tiny: Base) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    weights = InFull(tiny.model, "exact", all_logits=False)
+    with weights:
+        weights.apply(deltas(tiny.model))
+        assert weights.applied == (Q, UP)
+        with pytest.raises(SamError, match="only inside"):
+            tiny.model(torch.tensor([[5, 6]]))
+    assert caches(tiny.model) is KeyValues
+    assert not [name for name, module in tiny.model.named_modules() if "forward" in vars(module)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())
+    assert tiny.model(torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("fails", ["stream", "compiling", "norm"])
+def test_a_merge_that_fails_leaves_the_base_as_it_was(tiny: Base, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    weights = InFull(tiny.model, "exact", all_logits=False)
+    with weights:
+        weights.apply([])
+        expected = decode(tiny, TYPES, TEXTS[:3], SPEC)
+    given = deltas(tiny.model)
+    if fails == "norm":
+        given.append(("model.norm", torch.ones(64)))
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiling today")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises((SamError, RuntimeError), match="no (module|compiling)|LlamaRMS"),
+    ):
+        if fails == "compiling":
+            patch.setattr(compiled.Graph, "compile", broken)
+        weights.apply([*given, *([("model.nowhere", torch.ones(2, 2))] if fails == "stream" else [])])
+    assert caches(tiny.model) is KeyValues and not weights.applied
+    with weights:
+        weights.apply([])
+        assert decode(tiny, TYPES, TEXTS[:3], SPEC) == expected
+
+
+def test_rows_of_a_cache_move_with_what_they_hold() -> None:
+    ours, theirs = (Blocks(rows, 70, [(2, 4), (2, 4)], "f32") for rows in (3, 1))
+    for array in theirs._arrays:
+        array[:] = torch.arange(array.size).reshape(array.shape).numpy()
+    ours.copy_from(theirs, 0, 2, 40)  # two of its three blocks
+    ours.move(2, 0, 40)
+    for array, given in zip(ours._arrays, theirs._arrays, strict=True):
+        assert (array[ours.first(0) :][:2] == given[:2]).all()
+        assert not array[ours.first(0) + 2].any() and not array[ours.first(2) :][:3].any()
+    assert sorted(ours.first(row) for row in range(3)) == [0, 3, 6] and ours.last == 9
+
+
+def test_what_is_compiled(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bf16 is multiplied and OpenVINO is there; not a model whose rotations follow the text, nor ``exact``."""
+    model = tiny.model
+    monkeypatch.setattr(compiled, "products", lambda mode, dtype, device: HALF if mode == "fast" else dtype)
+    monkeypatch.setattr(compiled, "compiler", lambda: "OpenVINO 1")
+    assert isinstance(weights_of(tiny, "fast", constrained=False), CompiledWeights)
+    assert product_names("fast", "float32", "cpu") == f"{HALF}, OpenVINO 1"
+    assert type(weights_of(tiny, "exact", constrained=False)) is PackedWeights
+    assert product_names("exact", "float32", "cpu") == "float32"
+    rope = model.config.rope_parameters
+    for dynamic in ({**rope, "rope_type": "dynamic"}, {"full_attention": {**rope, "rope_type": "longrope"}}):
+        monkeypatch.setattr(model.config, "rope_parameters", dynamic)
+        assert type(weights_of(tiny, "fast", constrained=False)) is PackedWeights
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    assert type(weights_of(tiny, "fast", constrained=False)) is PackedWeights
+    assert product_names("fast", "float32", "cpu") == products("fast", "float32", "cpu")
+
+
+def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(compiled, "has_amx", lambda: True)
+    monkeypatch.setattr(compiled, "version", lambda name: f"7 of {name}")
+    for cores, expected in ((2, "OpenVINO 7 of openvino"), (1, None)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+        assert compiler.__wrapped__() == expected
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(compiled, "version", without)
+    assert compiler.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "has_amx", lambda: False)
+    assert compiler.__wrapped__() is None
+
+
+@pytest.mark.skipif(not has_amx(), reason="the processor has no AMX")
+def test_fast_is_compiled_here_and_near_to_exact(smollm: Base) -> None:
+    weights = weights_of(smollm, "fast", constrained=False)
+    assert isinstance(weights, CompiledWeights) == bool(compiler())
+    with weights, PackedWeights.of(smollm, "exact", constrained=False) as exact:
+        exact.apply([])
+        expected = decode(smollm, TYPES, TEXTS, DecodeSpec(16, 4, "exact"))
+        exact.undo()
+        weights.apply([])
+        found = decode(smollm, TYPES, TEXTS, DecodeSpec(16, 4, "fast"))
+    # The first words are the same; later ones may differ by rounding.
+    starts = [(a.text[:8], b.text[:8]) for a, b in zip(found, expected, strict=True)]
+    assert sum(a == b for a, b in starts) >= 7
