@@ -17,6 +17,7 @@ from sam import prompts
 from sam.base import Base, BaseSpec
 from sam.decoding import AnswerStore, DecodeSpec
 from sam.decoding.greedy import Answer, decode, stream
+from sam.decoding.packed import PackedWeights
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
@@ -415,7 +416,7 @@ def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch
     one = engine()
     one.predict(["news", "stem"], TIES, TYPES, TEXTS[:1])
     applied: list[Any] = []
-    monkeypatch.setattr(sam.engine.PackedWeights, "apply", lambda self, modules: applied.append(modules))
+    monkeypatch.setattr(PackedWeights, "apply", lambda self, modules: applied.append(modules))
     one.predict(["stem", "news"], TIES, TYPES, TEXTS[1:])
     assert applied == []
 
@@ -426,12 +427,13 @@ def test_constrained_answers_are_chosen_among_exact_logits_and_int8_has_its_samp
 ) -> None:
     asked: list[Any] = []
 
-    class Watched(sam.engine.PackedWeights):
-        def __init__(self, model: Any, mode: str, *, all_logits: bool, sample: Any) -> None:
-            asked.append((all_logits, sample))
-            super().__init__(model, mode, all_logits=all_logits, sample=sample)
+    made = PackedWeights.__init__
 
-    monkeypatch.setattr(sam.engine, "PackedWeights", Watched)
+    def watched(self: Any, model: Any, mode: str, *, all_logits: bool, sample: Any) -> None:
+        asked.append((all_logits, sample))
+        made(self, model, mode, all_logits=all_logits, sample=sample)
+
+    monkeypatch.setattr(PackedWeights, "__init__", watched)
     one = engine(decoding=DecodeSpec(8, 2, "fast", constrained))
     one.predict(["news"], SINGLE, TYPES, TEXTS[:1])
     assert asked == [(constrained, one.base.tokenizer(prompts.SAMPLE).input_ids)]

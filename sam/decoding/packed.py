@@ -294,10 +294,10 @@ def _packed(weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Linear:
     def in_blocks(x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, x.shape[-1])
         count = -(-len(rows) // ROWS) * ROWS
-        padded, found = rows.new_zeros(count, x.shape[-1], dtype=dtype), rows.new_empty(count, width, dtype=result)
+        padded, found = rows.new_zeros(count, x.shape[-1], dtype=dtype), rows.new_empty(len(rows), width, dtype=result)
         padded[: len(rows)] = rows
         for start in range(0, count, ROWS):
-            found[start : start + ROWS] = product(padded[start : start + ROWS])
-        return found[: len(rows)].view(*x.shape[:-1], width)
+            found[start : start + ROWS] = product(padded[start : start + ROWS])[: len(rows) - start]
+        return found.view(*x.shape[:-1], width)
 
     return in_blocks if dtype != torch.float32 and has_amx() else forward
