@@ -70,9 +70,9 @@ def stream(
     wanted; ``backwards`` takes the prompts from the other end. So two processes that share their answers meet in the
     middle.
 
-    A CPU's threads work in two lanes, a running batch each, if there is more than one batch to do in fp32: half the
-    threads on each of two products lose less in waiting for each other than all of them on one. The model is the lanes'
-    until the iterator has ended or is closed.
+    A CPU's threads work in two lanes, a running batch each, if there is more than one batch to do in fp32 and the model
+    is not compiled: half the threads on each of two products lose less in waiting for each other than all of them on
+    one. The model is the lanes' until the iterator has ended or is closed.
 
     On a CPU glibc keeps, in the whole process from then on, memory that is freed, unless the user has set its
     ``MALLOC_…`` variables.

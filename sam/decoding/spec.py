@@ -19,9 +19,10 @@ DECODER_VERSION = 6
 @dataclass(frozen=True)
 class DecodeSpec:
     """``max_new_tokens`` bounds an answer; ``batch_size`` sentences are decoded at a time, in fp32 on a CPU
-    in each of two lanes (see :func:`~sam.decoding.greedy.stream`) and to no effect on an answer.
+    in each of two lanes (see :func:`~sam.decoding.greedy.stream`), and to no effect on an answer.
 
-    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` on a CPU in bf16 or int8, as it has them.
+    ``mode``: ``exact`` multiplies in the base model's precision, ``fast`` on a CPU in bf16 or int8, as it has them,
+    compiled where that is faster (see :mod:`sam.decoding.compiled`).
     ``constrained`` lets only answers be written that are in :mod:`sam.grammar`'s language.
     """
 
