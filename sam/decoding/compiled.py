@@ -14,11 +14,8 @@ A token's result is the same to the bit whatever else is in the pass, as
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -28,8 +25,8 @@ from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 
-from sam.base import Base, has_amx
-from sam.decoding.packed import HALF, PackedWeights, products
+from sam.base import Base
+from sam.decoding.packed import HALF, LEAST, PackedWeights, compiler, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
 
@@ -37,38 +34,23 @@ NAME = "sam_compiled"
 TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Of the models that are compiled: those that the tests compile."""
 SIZE = 32  # slots of a block, as OpenVINO has them on a CPU
-LEAST = 2  # threads; with one, 2026.4 divides by zero where feed-forward blocks are fused
+FUSED = 256  # where a hidden state is a multiple of it, q, k and v may be multiplied as one
 TRACED = 4  # tokens of the example that shows what the model does; any number of several would do
 PARTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 OUTER = "self.decoder."  # how OpenVINO names the weights of what is traced
-
-
-@cache
-def compiler() -> str | None:
-    """OpenVINO and its version, where ``fast`` uses it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        return f"OpenVINO {version('openvino')}" if has_amx() and cores >= LEAST else None
-    except PackageNotFoundError:
-        return None
-
-
-def product_names(mode: str, dtype: str, device: str) -> str:
-    """As :func:`~sam.decoding.packed.products`, with the compiler of models that it can compile."""
-    found = products(mode, dtype, device)
-    return f"{found}, {compiler()}" if found.startswith(HALF) and compiler() else found
 
 
 def weights_of(base: Base, mode: str, *, constrained: bool) -> PackedWeights:
     """What merges are applied by for answers of ``base``, as :meth:`PackedWeights.of`."""
     model = base.model
     half = products(mode, str(model.dtype).removeprefix("torch."), torch.device(base.device).type).startswith(HALF)
-    compiled = half and compiler() and compiles(model.config.get_text_config())
+    compiled = half and compiler() and compiles(model.config)
     return (CompiledWeights if compiled else PackedWeights).of(base, mode, constrained=constrained)
 
 
 def compiles(config: Any) -> bool:
-    """Whether a model of the (text) ``config`` is compiled: not if its rotations hang on how long the text is."""
+    """Whether a model of ``config`` is compiled: not if its rotations hang on how long the text is, nor if OpenVINO may
+    multiply queries, keys and values as one, which it does for some numbers of threads, rounding otherwise."""
 
     def kinds(rope: object) -> Iterable[object]:
         if isinstance(rope, Mapping):
@@ -76,9 +58,8 @@ def compiles(config: Any) -> bool:
             for inner in rope.values():
                 yield from kinds(inner)
 
-    return config.model_type in TYPES and not {"dynamic", "longrope"} & set(
-        kinds(getattr(config, "rope_parameters", None))
-    )
+    rotations = set(kinds(getattr(config, "rope_parameters", None)))
+    return config.model_type in TYPES and config.hidden_size % FUSED != 0 and not rotations & {"dynamic", "longrope"}
 
 
 def caches(model: Any) -> Callable[[int, int], KeyValues | Blocks]:
@@ -175,16 +156,23 @@ class Graph:
         self._merged.clear()
 
     def compile(self, threads: int) -> Compiled:
-        """The model with the weights as they are set; it keeps none of their memory."""
+        """The model with the weights as they are set, whose memory it may keep."""
         from openvino import Core
 
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": self._kind, "KV_CACHE_PRECISION": self._kind}
-        settings |= {"INFERENCE_NUM_THREADS": max(LEAST, threads), "NUM_STREAMS": 1}
+        # Not pinned, as another process may be at work; logical processors count as torch counts them.
+        settings = {
+            "INFERENCE_PRECISION_HINT": self._kind,
+            "KV_CACHE_PRECISION": self._kind,
+            "INFERENCE_NUM_THREADS": max(LEAST, threads),
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+            "ENABLE_HYPER_THREADING": True,
+        }
         made = Core().compile_model(self._model, "CPU", settings)
         if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < LEAST:
             raise SamError(
-                f"{compiler()} is held to {found} core and needs {LEAST} to multiply in bf16; unset OMP_PROC_BIND, or "
-                "decode=exact"
+                f"{compiler()} takes {found} thread here and needs {LEAST} to multiply in bf16; unset OMP_PROC_BIND if "
+                "it is set, or decode=exact, or uninstall openvino"
             )
         return Compiled(made.create_infer_request(), self._shapes, self._kind)
 
@@ -227,9 +215,6 @@ class Compiled:
                 self._request.set_input_tensor(number, tensor)
             self._bound = blocks
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
-        return self  # a copy of the model has the same weights
-
 
 def _sequences(now: Pass, spare: int) -> tuple[list[int], list[int], list[int], list[int], int]:
     """Of a pass's sequences, and one of ``spare`` tokens: the past of each, where its tokens begin, its blocks, where
@@ -255,22 +240,29 @@ def _sequences(now: Pass, spare: int) -> tuple[list[int], list[int], list[int], 
 
 
 class CompiledWeights(PackedWeights):
-    """As :class:`PackedWeights`, with the layers compiled while a merge is applied, for decoding alone."""
+    """As :class:`PackedWeights`, with the layers compiled while a merge is applied: nothing but decoding works then.
+
+    All merged weights are held in fp32 until they are compiled.
+    """
 
     KIND = "bf16"
     _graph: Graph | None = None
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`PackedWeights.apply`. Raises SamError for a module that is not compiled."""
-        if self._graph is None:
-            self._graph = Graph(self.model, self.KIND)
         super().apply(modules)
         try:
-            vars(self.model.base_model)["forward"] = self._graph.compile(torch.get_num_threads())
-            self._graph.reset()
+            graph = cast(Graph, self._graph)
+            vars(self.model.base_model)["forward"] = graph.compile(torch.get_num_threads())
+            graph.reset()
         except BaseException:
             self._restore()
             raise
+
+    def _after_a_look(self, modules: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        if self._graph is None:  # now that no other merge can be applied
+            self._graph = Graph(self.model, self.KIND)
+        yield from modules
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
         if module is self._head:
@@ -283,7 +275,8 @@ class CompiledWeights(PackedWeights):
 
     def _restore(self) -> None:
         vars(self.model.base_model).pop("forward", None)
-        cast(Graph, self._graph).reset()
+        if self._graph:
+            self._graph.reset()
         super()._restore()
 
 
@@ -315,15 +308,15 @@ def _traced(model: Any) -> tuple[Any, list[tuple[int, int]]]:
     number = torch.tensor(TRACED, dtype=torch.int32)
     given = [number[None]] * len(PARTS) + [number] + [torch.zeros(1, 1, 1, 1)] * (2 * layers)
     before, verbosity = model.config._attn_implementation, hf_logging.get_verbosity()
-    model.config._attn_implementation = NAME
-    hf_logging.set_verbosity_error()  # tracing looks at attributes that warn
     _SHAPES.append(shapes)
     try:
+        model.config._attn_implementation = NAME
+        hf_logging.set_verbosity_error()  # tracing looks at attributes that warn
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             positions = torch.arange(TRACED)[None]
             example = (torch.zeros_like(positions), positions, *given)
-            return torch.jit.trace(_Layers(model.base_model).eval(), example, check_trace=False), shapes
+            return torch.jit.trace(_Layers(model.base_model), example, check_trace=False), shapes
     finally:
         _SHAPES.pop()
         hf_logging.set_verbosity(verbosity)
@@ -359,7 +352,7 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 # What is traced for it; OpenVINO's own stands for it in the graph.
-_LIBRARY = torch.library.Library("sam", "DEF")
+_LIBRARY = torch.library.Library("sam", "FRAGMENT")
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor past_lens, "
     "Tensor subsequence_begins, Tensor block_indices, Tensor block_indices_begins, Tensor most, float scale, "

@@ -96,7 +96,7 @@ def stream(
             yield from _side_by_side(lanes, torch.get_num_threads())
         return
     while lanes[0].busy():
-        # Around each pass only: between two answers the model is the caller's.
+        # Around each pass only: between two answers the model's attention is the caller's.
         with ragged(base.model):
             found = lanes[0].step()
         yield from found

@@ -16,9 +16,11 @@ same result to the bit whatever else is in the batch.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import torch
@@ -43,6 +45,7 @@ trials with SmolLM2 and Gemma 3 a third of that was enough."""
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
+LEAST = 2  # threads of OpenVINO; with one, 2026.4 divides by zero where it fuses feed-forward blocks
 PICKS = 4096  # logits that are computed in fp32 at a time
 
 
@@ -197,9 +200,19 @@ def packs(dtype: torch.dtype) -> bool:
         return False
 
 
+@cache
+def compiler() -> str | None:
+    """OpenVINO and its version, where ``fast`` uses it for the models that :mod:`sam.decoding.compiled` can compile."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return f"OpenVINO {version('openvino')}" if has_amx() and cores >= LEAST else None
+    except PackageNotFoundError:
+        return None
+
+
 def products(mode: str, dtype: str, device: str) -> str:
-    """What the linear layers of a model in ``dtype`` are multiplied in: of all that decides a token's rounding, what
-    hangs on the processor. ``device``: its kind, as ``cpu``."""
+    """What the linear layers of a model in ``dtype`` are multiplied in, or by: of all that decides a token's rounding,
+    what hangs on the machine. ``device``: its kind, as ``cpu``."""
     if device != "cpu":
         return dtype
     found = dtype
@@ -208,6 +221,8 @@ def products(mode: str, dtype: str, device: str) -> str:
             found = HALF
         elif packs_int8():
             found = INT8
+    if found.startswith(HALF) and compiler():
+        return f"{found}, {compiler()}"
     return f"{found} in blocks" if found.startswith(("bfloat16", "float16")) and has_amx() else found
 
 

@@ -47,7 +47,7 @@ class DecodeSpec:
         import torch
         import transformers
 
-        from sam.decoding.compiled import product_names
+        from sam.decoding.packed import products
 
         versions = [torch.__version__.split("+")[0], transformers.__version__]
         # On a GPU, or with a model in half precision, rounding depends on what else is in a batch, and can change the
@@ -61,7 +61,7 @@ class DecodeSpec:
             "method": "greedy",
             "decoder": DECODER_VERSION,
             "max_new_tokens": self.max_new_tokens,
-            "dtype": product_names(self.mode, dtype, kind),
+            "dtype": products(self.mode, dtype, kind),
             "device": kind,
             "versions": versions,
         }

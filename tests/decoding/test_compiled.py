@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from sam.base import Base, has_amx
-from sam.decoding import DecodeSpec, compiled
+from sam.decoding import DecodeSpec, compiled, packed
 from sam.decoding.compiled import TYPES as COMPILED
-from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiler, compiles, product_names, weights_of
+from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiles, weights_of
 from sam.decoding.greedy import decode
-from sam.decoding.packed import HALF, PackedWeights, products
+from sam.decoding.packed import HALF, PackedWeights, compiler, products
 from sam.decoding.ragged import KeyValues
 from sam.errors import SamError
 from sam.merging import merged
@@ -145,39 +145,53 @@ def test_rows_of_a_cache_move_with_what_they_hold() -> None:
 
 
 def test_what_is_compiled(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where bf16 is multiplied and OpenVINO is there; not a model whose rotations follow the text, nor ``exact``."""
-    model = tiny.model
-    monkeypatch.setattr(compiled, "products", lambda mode, dtype, device: HALF if mode == "fast" else dtype)
-    monkeypatch.setattr(compiled, "compiler", lambda: "OpenVINO 1")
-    assert isinstance(weights_of(tiny, "fast", constrained=False), CompiledWeights)
-    assert product_names("fast", "float32", "cpu") == f"{HALF}, OpenVINO 1"
-    assert type(weights_of(tiny, "exact", constrained=False)) is PackedWeights
-    assert product_names("exact", "float32", "cpu") == "float32"
-    rope = model.config.rope_parameters
-    for dynamic in ({**rope, "rope_type": "dynamic"}, {"full_attention": {**rope, "rope_type": "longrope"}}):
-        monkeypatch.setattr(model.config, "rope_parameters", dynamic)
-        assert type(weights_of(tiny, "fast", constrained=False)) is PackedWeights
-    monkeypatch.undo()
-    monkeypatch.setattr(compiled, "compiler", lambda: None)
-    assert type(weights_of(tiny, "fast", constrained=False)) is PackedWeights
-    assert product_names("fast", "float32", "cpu") == products("fast", "float32", "cpu")
+    """Where OpenVINO is used: not by ``exact``, nor a model whose rotations follow the text or whose q, k and v may be
+    fused."""
+    config = tiny.model.config
+    for there, expected in ((True, f"{HALF}, OpenVINO 1"), (False, HALF)):
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "packs", lambda dtype: True)
+            patch.setattr(packed, "multiplies_bf16", lambda: True)
+            patch.setattr(packed, "has_amx", lambda: False)
+            for module in (packed, compiled):
+                patch.setattr(module, "compiler", lambda name="OpenVINO 1" if there else None: name)
+            assert products("fast", "float32", "cpu") == expected
+            assert products("exact", "float32", "cpu") == products("fast", "float32", "cuda") == "float32"
+            assert isinstance(weights_of(tiny, "fast", constrained=False), CompiledWeights) == there
+            assert type(weights_of(tiny, "exact", constrained=False)) is PackedWeights
+    assert compiles(config)
+    rope = config.rope_parameters
+    dynamic = [{**rope, "rope_type": "dynamic"}, {"full_attention": {**rope, "rope_type": "longrope"}}]
+    changed = [*(("rope_parameters", each) for each in dynamic), ("hidden_size", 512), ("model_type", "gpt2")]
+    for name, value in changed:
+        with monkeypatch.context() as patch:
+            patch.setattr(config, name, value)
+            assert not compiles(config)
 
 
 def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(compiled, "has_amx", lambda: True)
-    monkeypatch.setattr(compiled, "version", lambda name: f"7 of {name}")
+    monkeypatch.setattr(packed, "has_amx", lambda: True)
+    monkeypatch.setattr(packed, "version", lambda name: f"7 of {name}")
     for cores, expected in ((2, "OpenVINO 7 of openvino"), (1, None)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
         assert compiler.__wrapped__() == expected
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(compiled, "version", without)
+    monkeypatch.setattr(packed, "version", without)
     assert compiler.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr(compiled, "has_amx", lambda: False)
+    monkeypatch.setattr(packed, "has_amx", lambda: False)
     assert compiler.__wrapped__() is None
+
+
+def test_one_merge_at_a_time(tiny: Base) -> None:
+    """Also where the first apply of all would have looked at a model that holds another's."""
+    with PackedWeights(tiny.model, "exact", all_logits=False) as other:
+        other.apply([])
+        with pytest.raises(SamError, match="already holds a merge"):
+            InFull(tiny.model, "exact", all_logits=False).apply([])
 
 
 @pytest.mark.skipif(not has_amx(), reason="the processor has no AMX")
