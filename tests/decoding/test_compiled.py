@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from importlib.metadata import PackageNotFoundError
 from typing import Any
@@ -18,21 +19,24 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sam.base import Base, has_amx
+from sam import prompts
+from sam.base import Base
 from sam.decoding import DecodeSpec, compiled, packed
 from sam.decoding.compiled import TYPES as COMPILED
 from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiles, weights_of
-from sam.decoding.greedy import decode
+from sam.decoding.drafts import Drafter
+from sam.decoding.greedy import decode, stream
 from sam.decoding.packed import HALF, PackedWeights, compiler, products
 from sam.decoding.ragged import KeyValues
 from sam.errors import SamError
 from sam.merging import merged
 from tests.decoding.conftest import sliding_models
-from tests.decoding.oracle import TEXTS, TYPES, numbers, oracle
+from tests.decoding.oracle import TEXTS, TYPES, Silent, numbers, oracle
 
 pytest.importorskip("openvino")
 Q, UP, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"
 SPEC = DecodeSpec(12, 4)
+in_bf16 = pytest.mark.skipif(compiler() is None, reason="no processor with AMX, or one core")
 
 
 class InFull(CompiledWeights):
@@ -194,10 +198,27 @@ def test_one_merge_at_a_time(tiny: Base) -> None:
             InFull(tiny.model, "exact", all_logits=False).apply([])
 
 
-@pytest.mark.skipif(not has_amx(), reason="the processor has no AMX")
+@in_bf16
+@pytest.mark.parametrize("kind", COMPILED)
+def test_in_bf16_an_answer_does_not_depend_on_its_company(tiny: Base, kind: str) -> None:
+    """Nor on the guesses that come with it; also where a window slides, and prefixes are of several lengths."""
+    model = models(len(tiny.tokenizer))[kind]
+    base = numbers(tiny, model=model)
+    parts = [(prompts.prefix(types), prompts.suffix(t)) for t in TEXTS[:6] for types in (TYPES, ["x"] * 20, TYPES[:1])]
+    spec = DecodeSpec(24, 1, "fast")
+    with CompiledWeights(model, "fast", all_logits=False) as weights:
+        weights.apply(deltas(model))
+        alone = dict(stream(base, parts, spec, Silent()))
+        for size in (4, 16):
+            assert dict(stream(base, parts, dataclasses.replace(spec, batch_size=size), Drafter())) == alone
+        assert dict(stream(base, parts[::3], spec, Drafter())) == {n: alone[3 * n] for n in range(6)}
+    assert len({answer.text for answer in alone.values()}) > 5
+
+
+@in_bf16
 def test_fast_is_compiled_here_and_near_to_exact(smollm: Base) -> None:
     weights = weights_of(smollm, "fast", constrained=False)
-    assert isinstance(weights, CompiledWeights) == bool(compiler())
+    assert isinstance(weights, CompiledWeights)
     with weights, PackedWeights.of(smollm, "exact", constrained=False) as exact:
         exact.apply([])
         expected = decode(smollm, TYPES, TEXTS, DecodeSpec(16, 4, "exact"))
