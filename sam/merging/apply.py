@@ -115,7 +115,8 @@ def fold(model: nn.Module, modules: Iterable[tuple[str, Tensor]]) -> None:
         _check_fit(name, weight, delta, done, shared)
         with torch.no_grad():
             exact = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(weight.to(exact) + delta.to(device=weight.device, dtype=exact))
+            # Not in place: a weight that was read by mmap would first be copied, page by page.
+            weight.data = (weight.to(exact) + delta.to(device=weight.device, dtype=exact)).to(weight.dtype)
         del delta  # before the next is made
         done.append(name)
 
