@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -286,6 +287,11 @@ def device_of(accelerator: str) -> str:
     if known[accelerator] == "cuda" and not there:
         raise SamError(f"trainer.accelerator={accelerator}: torch finds no CUDA GPU here; choose cpu or auto")
     return known[accelerator]
+
+
+def cores() -> int:
+    """How many processors this thread may run on: a process, or a thread that OpenMP has bound, may be held to one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_bf16() -> bool:

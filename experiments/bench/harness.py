@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 import platform
 import re
 import time
@@ -190,16 +189,16 @@ def machine(device: str = "auto") -> dict[str, Any]:
     """
     import torch
 
-    from sam.base import multiplies_bf16
+    from sam.base import cores, multiplies_bf16
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    cpu, cores = _cpu_model(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu, count = _cpu_model(), cores()
     instructions = torch.backends.cpu.get_cpu_capability() + (" bf16" if multiplies_bf16() else "")
-    shown = torch.cuda.get_device_name() if cuda else f"cpu {cores} {cpu} {instructions}"
+    shown = torch.cuda.get_device_name() if cuda else f"cpu {count} {cpu} {instructions}"
     return {
         "slug": re.sub(r"[^a-z0-9]+", "-", shown.lower()).strip("-"),
         "device": "cuda" if cuda else "cpu",
-        "cores": cores,
+        "cores": count,
         "threads": torch.get_num_threads(),
         "cpu": cpu,
         "instructions": instructions,

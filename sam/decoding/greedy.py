@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sam import grammar, prompts
-from sam.base import Base
+from sam.base import Base, cores
 from sam.decoding.compiled import caches
 from sam.decoding.constrained import Automaton, Walk, walks
 from sam.decoding.drafts import Drafter, Language, Memory
@@ -107,10 +106,8 @@ def _lanes(base: Base, spec: DecodeSpec, count: int) -> int:
     may but in packed layers."""
     if torch.device(base.device).type != "cpu" or torch.get_num_threads() < 2 or count <= spec.batch_size:
         return 1
-    # A process, or a thread that OpenMP has bound, may be held to one core, and all that it starts with it.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     in_torch = caches(base.model) is KeyValues  # what is compiled has all threads
-    return 2 if cores > 1 and in_torch and base.model.dtype == torch.float32 and packs(torch.float32) else 1
+    return 2 if cores() > 1 and in_torch and base.model.dtype == torch.float32 and packs(torch.float32) else 1
 
 
 def _side_by_side(lanes: Sequence[_Lane], threads: int) -> Iterator[tuple[int, Answer]]:

@@ -16,7 +16,6 @@ same result to the bit whatever else is in the batch.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sam import prompts
-from sam.base import SIBLINGS, Base, has_amx, multiplies_bf16
+from sam.base import SIBLINGS, Base, cores, has_amx, multiplies_bf16
 from sam.decoding.int8 import divisors, packed_int8, packs_int8
 from sam.merging import MergedWeights
 
@@ -203,9 +202,8 @@ def packs(dtype: torch.dtype) -> bool:
 @cache
 def compiler() -> str | None:
     """OpenVINO and its version, where ``fast`` uses it for the models that :mod:`sam.decoding.compiled` can compile."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        return f"OpenVINO {version('openvino')}" if has_amx() and cores >= LEAST else None
+        return f"OpenVINO {version('openvino')}" if has_amx() and cores() >= LEAST else None
     except PackageNotFoundError:
         return None
 

@@ -30,7 +30,7 @@ from sam.decoding.packed import HALF, PackedWeights, compiler, products
 from sam.decoding.ragged import KeyValues
 from sam.errors import SamError
 from sam.merging import merged
-from tests.decoding.conftest import sliding_models
+from tests.decoding.conftest import sizes, sliding_models
 from tests.decoding.oracle import TEXTS, TYPES, Silent, numbers, oracle
 
 pytest.importorskip("openvino")
@@ -47,19 +47,7 @@ class InFull(CompiledWeights):
 
 def models(vocab: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    common: dict[str, Any] = {
-        "vocab_size": vocab,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-    }
+    common = sizes(vocab)
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return {
         "llama": LlamaForCausalLM(
