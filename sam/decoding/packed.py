@@ -35,12 +35,12 @@ Linear = Callable[[Tensor], Tensor]
 BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_proj", "down_proj"), strict=True)}
 """The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
-HALF, INT8 = "bfloat16 products", "int8 products, balanced"
+HALF, INT8 = "bfloat16 products", "int8 products and logits, balanced"
 """What ``fast`` makes of fp32 ones, as it is named in an answer's key: to be renamed when its rounding changes."""
 RANGE = 128  # neighbouring logits of which the largest is looked at first
-MARGIN = 1 / 64
+MARGINS = {HALF: 1 / 64, INT8: 1 / 16}
 """Logits this near to the largest are computed in fp32, as a share of its size and of what a random row would give; in
-trials with SmolLM2 and Gemma 3 a third of that was enough."""
+trials a third of that was enough in bf16 (SmolLM2 and Gemma 3), a sixth in int8 (SmolLM2)."""
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
@@ -165,7 +165,10 @@ class PackedWeights(MergedWeights):
             ]
             biases = [cast(Any, layer).bias for layer in team]
             if lead is self._head and self._short(weights[0], biases[0]):
-                forwards = [_largest(weights[0])]
+                rough = packed_int8 if self._int8 else _packed
+                margin = MARGINS[INT8 if self._int8 else HALF]
+                near = weights[0] if self._int8 else weights[0].to(torch.bfloat16)
+                forwards = [_largest(weights[0], rough(near, None, torch.float32), margin)]
             else:
                 pack = _packed
                 if self._int8 and self._shrinks(lead):
@@ -180,7 +183,7 @@ class PackedWeights(MergedWeights):
     def _short(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether only the largest results of the output layer need be fp32, and can be."""
         fits = bias is None and weight.dtype == torch.float32 and len(weight) % RANGE == 0
-        return self._half and not self._all_logits and fits
+        return (self._half or self._int8) and not self._all_logits and fits
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -269,9 +272,8 @@ def _forwards(
     return [partial(together.part, number) for number in range(len(weights))]
 
 
-def _largest(weight: Tensor) -> Linear:
-    """``x -> x Wᵀ``, multiplied in bf16; the results that may be the largest of their row again, in fp32."""
-    rough = _packed(weight.to(torch.bfloat16), None, torch.float32)
+def _largest(weight: Tensor, rough: Linear, margin: float) -> Linear:
+    """``x -> x Wᵀ``, as ``rough`` multiplies; the results that may be the largest of their row again, in fp32."""
     longest = weight.norm(dim=-1).max() / math.sqrt(weight.shape[-1])
 
     def forward(x: Tensor) -> Tensor:
@@ -280,7 +282,7 @@ def _largest(weight: Tensor) -> Linear:
         ranges = logits.view(len(logits), len(weight) // RANGE, RANGE)
         tops = ranges.amax(-1)
         best = tops.amax(-1, keepdim=True)
-        least = best - MARGIN * (best.abs() + flat.norm(dim=-1, keepdim=True) * longest)
+        least = best - margin * (best.abs() + flat.norm(dim=-1, keepdim=True) * longest)
         row, where = (tops >= least).nonzero(as_tuple=True)
         pick, place = (ranges[row, where] >= least[row]).nonzero(as_tuple=True)
         row, token = row[pick], where[pick] * RANGE + place

@@ -219,4 +219,4 @@ def test_int8_is_nearer_to_fp32_by_the_sample(smollm: Base, forced: None) -> Non
 def test_what_int8_looks_at_is_in_its_name() -> None:
     """The name is in the key of answers: if this fails, rename it, and then change the digest here."""
     digest = hashlib.sha256(prompts.SAMPLE.encode()).hexdigest()[:16]
-    assert (packed.INT8, digest) == ("int8 products, balanced", "e2190d8d9d88931c")
+    assert (packed.INT8, digest) == ("int8 products and logits, balanced", "e2190d8d9d88931c")

@@ -118,16 +118,15 @@ def test_fast_is_close_and_keeps_a_small_head_exact(tiny: Base, fast: str) -> No
 
 
 class Headed(nn.Module):
-    """An output layer whose neighbours differ too little for bf16."""
+    """An output layer whose neighbours differ too little for bf16 or int8."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self.head = nn.Linear(48, tokens, bias=False)
-        rows = torch.randn(tokens // 8, 48, generator=torch.Generator().manual_seed(0))
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randn(tokens // 8, 48, generator=draw).repeat_interleave(8, 0)
         with torch.no_grad():
-            self.head.weight.copy_(
-                rows.repeat_interleave(8, 0) * (1 + 1e-4 * torch.arange(8).repeat(len(rows))[:, None])
-            )
+            self.head.weight.copy_(rows * (1 + 1e-3 * torch.randn(rows.shape, generator=draw)))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -138,11 +137,13 @@ def whole(model: Headed, x: Tensor) -> Tensor:
     return x @ model.head.weight.T
 
 
-@in_bf16
-def test_the_largest_logits_are_those_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_logits_are_those_of_fp32(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Headed(512), torch.randn(4, 25, 48, generator=torch.Generator().manual_seed(1))
     expected = model.head(x)
-    rough = (x.bfloat16() @ model.head.weight.bfloat16().T).float()
+    if fast == packed.INT8:
+        rough = packed_int8(model.head.weight, None, torch.float32)(x)
+    else:
+        rough = (x.bfloat16() @ model.head.weight.bfloat16().T).float()
     assert (rough.argmax(-1) != expected.argmax(-1)).sum() > 50
     shifted = x.clone()  # the largest logits lie around 0
     with torch.no_grad():
