@@ -61,7 +61,8 @@ def run(options: Options) -> Report:
 
     parts = [(prompts.prefix(types), prompts.suffix(s.text)) for types, s in asked]
     models = _copies(base, modules)
-    few = parts[:: max(1, len(parts) // (8 if options.quick else SCOUTED))]
+    count = 8 if options.quick else SCOUTED  # which the sizes divide
+    few = parts[:: max(1, len(parts) // count)][:count]
     sizes = SIZES[1:2] if options.quick else SIZES
     settings = {_name(dtype, size): (dtype, size) for dtype in DTYPES for size in sizes}
     timed: dict[str, list[Figures]] = {}

@@ -6,8 +6,8 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
 - in bf16 where the processor does so itself, and what lies between the products of one block stays in it, keys and
   values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
   which are all that free greedy decoding looks at, or all of them;
-- on another x86 processor with AVX2 in int8 (see :mod:`sam.decoding.int8`), all layers but the output's. All that is
-  not a product stays in fp32. It pays from some tens of tokens a pass on.
+- on another x86 processor with AVX2 in int8 (see :mod:`sam.decoding.int8`). All that is not a product stays in fp32,
+  and so do the logits, as above. It pays from some tens of tokens a pass on.
 
 Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
 same result to the bit whatever else is in the batch.
@@ -39,8 +39,9 @@ HALF, INT8 = "bfloat16 products", "int8 products and logits, balanced"
 """What ``fast`` makes of fp32 ones, as it is named in an answer's key: to be renamed when its rounding changes."""
 RANGE = 128  # neighbouring logits of which the largest is looked at first
 MARGINS = {HALF: 1 / 64, INT8: 1 / 16}
-"""Logits this near to the largest are computed in fp32, as a share of its size and of what a random row would give; in
-trials a third of that was enough in bf16 (SmolLM2 and Gemma 3), a sixth in int8 (SmolLM2)."""
+"""Logits this near to the largest are computed in fp32, as a share of its size and of what a random row would give. In
+trials those near the largest erred by a third of that in int8 (SmolLM2, whose largest input is up to 20 times the root
+of the mean square), all of them by a third in bf16 (Gemma 3 too)."""
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
@@ -165,10 +166,7 @@ class PackedWeights(MergedWeights):
             ]
             biases = [cast(Any, layer).bias for layer in team]
             if lead is self._head and self._short(weights[0], biases[0]):
-                rough = packed_int8 if self._int8 else _packed
-                margin = MARGINS[INT8 if self._int8 else HALF]
-                near = weights[0] if self._int8 else weights[0].to(torch.bfloat16)
-                forwards = [_largest(weights[0], rough(near, None, torch.float32), margin)]
+                forwards = [self._short_head(weights[0])]
             else:
                 pack = _packed
                 if self._int8 and self._shrinks(lead):
@@ -184,6 +182,11 @@ class PackedWeights(MergedWeights):
         """Whether only the largest results of the output layer need be fp32, and can be."""
         fits = bias is None and weight.dtype == torch.float32 and len(weight) % RANGE == 0
         return (self._half or self._int8) and not self._all_logits and fits
+
+    def _short_head(self, weight: Tensor) -> Linear:
+        if self._int8:
+            return _largest(weight, packed_int8(weight, None, torch.float32), MARGINS[INT8])
+        return _largest(weight, _packed(weight.to(torch.bfloat16), None, torch.float32), MARGINS[HALF])
 
     def _restore(self) -> None:
         for module in self._packed:

@@ -22,7 +22,7 @@ def test_spec_from_config() -> None:
 
 @pytest.mark.parametrize(
     ("halves", "int8", "expected"),
-    [(True, True, "bfloat16 products"), (False, True, "int8 products, balanced"), (False, False, "float32")],
+    [(True, True, "bfloat16 products"), (False, True, "int8 products and logits, balanced"), (False, False, "float32")],
 )
 def test_canonical_decoding_tells_modes_apart_where_they_differ(
     monkeypatch: pytest.MonkeyPatch, halves: bool, int8: bool, expected: str
