@@ -165,7 +165,7 @@ def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(packed, "has_amx", lambda: True)
+    monkeypatch.setattr(packed, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(packed, "version", lambda name: f"7 of {name}")
     for cores, expected in ((2, "OpenVINO 7 of openvino"), (1, None)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
@@ -174,7 +174,7 @@ def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "version", without)
     assert compiler.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr(packed, "has_amx", lambda: False)
+    monkeypatch.setattr(packed, "multiplies_bf16", lambda: False)
     assert compiler.__wrapped__() is None
 
 
