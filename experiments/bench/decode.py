@@ -37,6 +37,8 @@ SIZES = (8, 16, 32, 64)
 SCOUTED = 64
 HOPELESS = 0.5
 """Below this share of the others' best speed a dtype is not tried in more sizes."""
+NEAR = 0.9
+"""From this share of the best speed on, one round of scouting does not tell which setting is the best."""
 RATE = "sentences_per_s"
 
 Parts = Sequence[tuple[str, str]]
@@ -45,9 +47,9 @@ Asked = tuple[tuple[str, ...], Sentence]
 
 
 def run(options: Options) -> Report:
-    """A scouting case with the peer's settings, then each of our modes against the best setting that it has to meet.
+    """A scouting case with the peer's settings, then each of our modes against the best settings that it has to meet.
 
-    ``exact`` meets fp32 ``generate`` at its best batch size, ``fast`` the best of all settings; ``constrained``, which
+    ``exact`` meets fp32 ``generate`` at its best batch sizes, ``fast`` the best of all settings; ``constrained``, which
     asks for another answer, has ``fast`` beside it.
     """
     config = compose("experts=shipped")
@@ -75,17 +77,15 @@ def run(options: Options) -> Report:
 
     scout(rate, sizes)
     case = Case(f"scouting, {len(few)} sentences", RATE, True, timed, None)
-    ranked = sorted(timed, key=lambda name: -case.medians(name)[RATE])
-    best = {"exact": next(name for name in ranked if settings[name][0] == "float32"), "fast": ranked[0]}
+    rates = {name: case.medians(name)[RATE] for name in timed}
     reports = [Report((case,))]
-    for mode, name in best.items():
-        dtype, size = settings[name]
-        peer = _keeping(_peer(base, models[dtype], parts, size), answers, name)
+    for mode, dtypes in {"exact": DTYPES[:1], "fast": DTYPES}.items():
         ours = _keeping(_ours(base, mode, parts, modules), answers, f"sam {mode}")
-        everyone = [
-            Contestant(f"sam {mode}", _rated(ours, len(parts)), ours=True),
-            Contestant(name, _rated(peer, len(parts))),
-        ]
+        everyone = [Contestant(f"sam {mode}", _rated(ours, len(parts)), ours=True)]
+        for name in near({name: value for name, value in rates.items() if settings[name][0] in dtypes}):
+            dtype, size = settings[name]
+            peer = _keeping(_peer(base, models[dtype], parts, size), answers, name)
+            everyone.append(Contestant(name, _rated(peer, len(parts))))
         reports.append(compete(everyone, options.rounds, RATE, True, case=f"{mode}, {len(parts)} sentences"))
     held = [
         Contestant(name, _rated(_keeping(work, answers, name), len(parts)), ours=name == "sam constrained")
@@ -112,6 +112,12 @@ def scout(rate: Callable[[str], float], sizes: Sequence[int]) -> None:
             continue
         for size, value in [(first, found), *((size, rate(_name(dtype, size))) for size in others)]:
             rates[size] = max(rates.get(size, 0.0), value)
+
+
+def near(rates: dict[str, float]) -> list[str]:
+    """The fastest and those that may be as fast, the fastest first."""
+    ranked = sorted(rates, key=lambda name: -rates[name])
+    return [name for name in ranked if rates[name] >= NEAR * rates[ranked[0]]]
 
 
 def _name(dtype: str, size: int) -> str:

@@ -1,8 +1,8 @@
-"""The base model's layers compiled by OpenVINO, in place of torch's: ``fast`` on a processor with AMX.
+"""The base model's layers compiled by OpenVINO, in place of torch's: ``fast`` on a processor that multiplies bf16.
 
-There torch spends most of a pass between the products, which OpenVINO fuses. It works in bf16 throughout, with paged
-attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a list of sequences, each
-with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
+There torch spends much of a pass (with AMX most of it) between the products, which OpenVINO fuses. It works in bf16
+throughout, with paged attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a
+list of sequences, each with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
 
 A token's result is the same to the bit whatever else is in the pass, as
 
@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 
 from sam.base import Base
-from sam.decoding.packed import HALF, LEAST, PackedWeights, compiler, products
+from sam.decoding.packed import HALF, PackedWeights, compiler, least_threads, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
 
@@ -159,19 +159,20 @@ class Graph:
         """The model with the weights as they are set, whose memory it may keep."""
         from openvino import Core
 
+        least = least_threads()
         # Not pinned, as another process may be at work; logical processors count as torch counts them.
         settings = {
             "INFERENCE_PRECISION_HINT": self._kind,
             "KV_CACHE_PRECISION": self._kind,
-            "INFERENCE_NUM_THREADS": max(LEAST, threads),
+            "INFERENCE_NUM_THREADS": max(least, threads),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "ENABLE_HYPER_THREADING": True,
         }
         made = Core().compile_model(self._model, "CPU", settings)
-        if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < LEAST:
+        if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < least:
             raise SamError(
-                f"{compiler()} takes {found} thread here and needs {LEAST} to multiply in bf16; unset OMP_PROC_BIND if "
+                f"{compiler()} takes {found} thread here and needs {least} to multiply in bf16; unset OMP_PROC_BIND if "
                 "it is set, or decode=exact, or uninstall openvino"
             )
         return Compiled(made.create_infer_request(), self._shapes, self._kind)

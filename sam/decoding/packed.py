@@ -45,7 +45,6 @@ of the mean square), all of them by a third in bf16 (Gemma 3 too)."""
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
-LEAST = 2  # threads of OpenVINO; with one, 2026.4 divides by zero where it fuses feed-forward blocks
 PICKS = 4096  # logits that are computed in fp32 at a time
 
 
@@ -206,11 +205,16 @@ def packs(dtype: torch.dtype) -> bool:
         return False
 
 
+def least_threads() -> int:
+    """Of OpenVINO: with one, 2026.4 divides by zero where it fuses feed-forward blocks, which it does with AMX."""
+    return 2 if has_amx() else 1
+
+
 @cache
 def compiler() -> str | None:
     """OpenVINO and its version, where ``fast`` uses it for the models that :mod:`sam.decoding.compiled` can compile."""
     try:
-        return f"OpenVINO {version('openvino')}" if multiplies_bf16() and cores() >= LEAST else None
+        return f"OpenVINO {version('openvino')}" if multiplies_bf16() and cores() >= least_threads() else None
     except PackageNotFoundError:
         return None
 

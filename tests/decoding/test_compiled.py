@@ -1,9 +1,10 @@
-"""The layers compiled by OpenVINO: the same model as torch's, in fp32 as any processor has it; in bf16 with AMX."""
+"""The layers compiled by OpenVINO: the same model as torch's, in fp32 as any processor has it; in bf16 where it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
@@ -36,7 +37,7 @@ from tests.decoding.oracle import TEXTS, TYPES, Silent, numbers, oracle
 pytest.importorskip("openvino")
 Q, UP, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"
 SPEC = DecodeSpec(12, 4)
-in_bf16 = pytest.mark.skipif(compiler() is None, reason="no processor with AMX, or one core")
+in_bf16 = pytest.mark.skipif(compiler() is None, reason="no processor that multiplies bf16")
 
 
 class InFull(CompiledWeights):
@@ -167,7 +168,9 @@ def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(packed, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(packed, "version", lambda name: f"7 of {name}")
-    for cores, expected in ((2, "OpenVINO 7 of openvino"), (1, None)):
+    there = "OpenVINO 7 of openvino"
+    for amx, cores, expected in ((True, 2, there), (True, 1, None), (False, 1, there)):
+        monkeypatch.setattr(packed, "has_amx", lambda found=amx: found)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
         assert compiler.__wrapped__() == expected
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
@@ -188,8 +191,11 @@ def test_one_merge_at_a_time(tiny: Base) -> None:
 
 @in_bf16
 @pytest.mark.parametrize("kind", COMPILED)
-def test_in_bf16_an_answer_does_not_depend_on_its_company(tiny: Base, kind: str) -> None:
-    """Nor on the guesses that come with it; also where a window slides, and prefixes are of several lengths."""
+def test_in_bf16_an_answer_does_not_depend_on_its_company(
+    tiny: Base, threads: Callable[[int], None], kind: str
+) -> None:
+    """Nor on the guesses that come with it, nor on how many threads there are; also where a window slides, and prefixes
+    are of several lengths."""
     model = models(len(tiny.tokenizer))[kind]
     base = numbers(tiny, model=model)
     parts = [(prompts.prefix(types), prompts.suffix(t)) for t in TEXTS[:6] for types in (TYPES, ["x"] * 20, TYPES[:1])]
@@ -200,6 +206,11 @@ def test_in_bf16_an_answer_does_not_depend_on_its_company(tiny: Base, kind: str)
         for size in (4, 16):
             assert dict(stream(base, parts, dataclasses.replace(spec, batch_size=size), Drafter())) == alone
         assert dict(stream(base, parts[::3], spec, Drafter())) == {n: alone[3 * n] for n in range(6)}
+        for count in (1, 2):
+            threads(count)
+            weights.undo()
+            weights.apply(deltas(model))
+            assert dict(stream(base, parts, dataclasses.replace(spec, batch_size=16), Drafter())) == alone
     assert len({answer.text for answer in alone.values()}) > 5
 
 

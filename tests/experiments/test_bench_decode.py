@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench.decode import DTYPES, _generate, _name, agreement, sample, scout
+from experiments.bench.decode import DTYPES, _generate, _name, agreement, near, sample, scout
 from sam import prompts
 from sam.base import Base
 from sam.decoding import DecodeSpec
@@ -61,3 +61,7 @@ def test_the_peer_answers_as_we_do(tiny: Base, monkeypatch: pytest.MonkeyPatch) 
     ]
     rows = [[t for part in both for t in tiny.tokenizer(part).input_ids] for both in parts]
     assert _generate(tiny, tiny.model, rows) == decode_prompts(tiny, parts, DecodeSpec(12, 4))
+
+
+def test_all_settings_meet_ours_that_scouting_does_not_tell_from_the_best() -> None:
+    assert near({"a": 0.89, "b": 0.91, "c": 1.0, "d": 0.3}) == ["c", "b"]
