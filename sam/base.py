@@ -296,8 +296,13 @@ def cores() -> int:
 
 def multiplies_bf16() -> bool:
     """Whether the processor multiplies bf16 numbers itself (elsewhere bf16 is slower than fp32)."""
+    return _has("avx512_bf16") or _has("amx_bf16")
+
+
+def _has(flag: str) -> bool:
+    """Whether Linux says so of the processor."""
     flags = Path("/proc/cpuinfo")
-    return flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16"))
+    return flags.is_file() and flag in flags.read_text()
 
 
 @cache
@@ -305,7 +310,7 @@ def has_amx() -> bool:
     """Whether the processor multiplies bf16 in tiles: it sums up in another order for few rows than for many."""
     import torch
 
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) or _has("amx_bf16")
 
 
 def load(spec: BaseSpec, device: str = "auto") -> Base:

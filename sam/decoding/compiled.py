@@ -25,8 +25,8 @@ from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 
-from sam.base import Base
-from sam.decoding.packed import HALF, PackedWeights, compiler, least_threads, products
+from sam.base import Base, has_amx
+from sam.decoding.packed import HALF, LEAST, PackedWeights, compiler, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
 
@@ -159,21 +159,21 @@ class Graph:
         """The model with the weights as they are set, whose memory it may keep."""
         from openvino import Core
 
-        least = least_threads()
+        asked = max(LEAST if has_amx() else 1, threads)
         # Not pinned, as another process may be at work; logical processors count as torch counts them.
         settings = {
             "INFERENCE_PRECISION_HINT": self._kind,
             "KV_CACHE_PRECISION": self._kind,
-            "INFERENCE_NUM_THREADS": max(least, threads),
+            "INFERENCE_NUM_THREADS": asked,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "ENABLE_HYPER_THREADING": True,
         }
         made = Core().compile_model(self._model, "CPU", settings)
-        if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < least:
+        if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < min(LEAST, asked):
             raise SamError(
-                f"{compiler()} takes {found} thread here and needs {least} to multiply in bf16; unset OMP_PROC_BIND if "
-                "it is set, or decode=exact, or uninstall openvino"
+                f"{compiler()} takes {found} of {asked} threads here, and works with {LEAST} or more; unset "
+                "OMP_PROC_BIND if it is set, or decode=exact, or uninstall openvino"
             )
         return Compiled(made.create_infer_request(), self._shapes, self._kind)
 

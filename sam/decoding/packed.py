@@ -5,7 +5,7 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
 
 - in bf16 where the processor does so itself, and what lies between the products of one block stays in it, keys and
   values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
-  which are all that free greedy decoding looks at and which a rougher product finds, or all of them;
+  which are all that free greedy decoding looks at, or all of them;
 - on another x86 processor with AVX2 in int8 (see :mod:`sam.decoding.int8`). All that is not a product stays in fp32,
   and so do the logits, as above. It pays from some tens of tokens a pass on.
 
@@ -45,6 +45,9 @@ of the mean square), all of them by a third in bf16 (Gemma 3 too)."""
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
+LEAST = 2
+"""Cores for OpenVINO, and threads where there is AMX: with one 2026.4 divides by zero there, as it fuses feed-forward
+blocks."""
 PICKS = 4096  # logits that are computed in fp32 at a time
 
 
@@ -183,8 +186,7 @@ class PackedWeights(MergedWeights):
         return (self._half or self._int8) and not self._all_logits and fits
 
     def _short_head(self, weight: Tensor) -> Linear:
-        # What it is first multiplied in shows in none of the largest results. With AMX nobody has timed int8.
-        if self._int8 or (packs_int8() and not has_amx()):
+        if self._int8:
             return _largest(weight, packed_int8(weight, None, torch.float32), MARGINS[INT8])
         return _largest(weight, _packed(weight.to(torch.bfloat16), None, torch.float32), MARGINS[HALF])
 
@@ -205,16 +207,11 @@ def packs(dtype: torch.dtype) -> bool:
         return False
 
 
-def least_threads() -> int:
-    """Of OpenVINO: with one, 2026.4 divides by zero where it fuses feed-forward blocks, which it does with AMX."""
-    return 2 if has_amx() else 1
-
-
 @cache
 def compiler() -> str | None:
     """OpenVINO and its version, where ``fast`` uses it for the models that :mod:`sam.decoding.compiled` can compile."""
     try:
-        return f"OpenVINO {version('openvino')}" if multiplies_bf16() and cores() >= least_threads() else None
+        return f"OpenVINO {version('openvino')}" if multiplies_bf16() and cores() >= LEAST else None
     except PackageNotFoundError:
         return None
 
@@ -230,9 +227,9 @@ def products(mode: str, dtype: str, device: str) -> str:
             found = HALF
         elif packs_int8():
             found = INT8
-    if found.startswith(HALF) and compiler():
-        return f"{found}, {compiler()}"
-    return f"{found} in blocks" if found.startswith(("bfloat16", "float16")) and has_amx() else found
+    if found.startswith(("bfloat16", "float16")) and has_amx():
+        found = f"{found} in blocks"
+    return f"{found}, {compiler()}" if found.startswith(HALF) and compiler() else found
 
 
 class _Held(threading.local):
