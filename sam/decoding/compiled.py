@@ -159,20 +159,20 @@ class Graph:
         """The model with the weights as they are set, whose memory it may keep."""
         from openvino import Core
 
-        asked = max(LEAST if has_amx() else 1, threads)
+        amx = has_amx()
         # Not pinned, as another process may be at work; logical processors count as torch counts them.
         settings = {
             "INFERENCE_PRECISION_HINT": self._kind,
             "KV_CACHE_PRECISION": self._kind,
-            "INFERENCE_NUM_THREADS": asked,
+            "INFERENCE_NUM_THREADS": max(LEAST if amx else 1, threads),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "ENABLE_HYPER_THREADING": True,
         }
         made = Core().compile_model(self._model, "CPU", settings)
-        if self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < min(LEAST, asked):
+        if amx and self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < LEAST:
             raise SamError(
-                f"{compiler()} takes {found} of {asked} threads here, and works with {LEAST} or more; unset "
+                f"{compiler()} takes {found} thread here and needs {LEAST} to multiply in bf16 with AMX; unset "
                 "OMP_PROC_BIND if it is set, or decode=exact, or uninstall openvino"
             )
         return Compiled(made.create_infer_request(), self._shapes, self._kind)

@@ -46,8 +46,8 @@ ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
 LEAST = 2
-"""Cores for OpenVINO, and threads where there is AMX: with one 2026.4 divides by zero there, as it fuses feed-forward
-blocks."""
+"""Cores that OpenVINO is used from on, and threads that it has with AMX at least: with one thread and AMX its 2026.4
+divides by zero, as it fuses feed-forward blocks."""
 PICKS = 4096  # logits that are computed in fp32 at a time
 
 
