@@ -296,13 +296,14 @@ def cores() -> int:
 
 def multiplies_bf16() -> bool:
     """Whether the processor multiplies bf16 numbers itself (elsewhere bf16 is slower than fp32)."""
-    return _has("avx512_bf16") or _has("amx_bf16")
+    return any(flag in _cpuinfo() for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def _has(flag: str) -> bool:
-    """Whether Linux says so of the processor."""
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and flag in flags.read_text()
+@cache
+def _cpuinfo() -> str:
+    """What Linux says of the processors, nothing elsewhere."""
+    found = Path("/proc/cpuinfo")
+    return found.read_text() if found.is_file() else ""
 
 
 @cache
@@ -310,7 +311,7 @@ def has_amx() -> bool:
     """Whether the processor multiplies bf16 in tiles: it sums up in another order for few rows than for many."""
     import torch
 
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) or _has("amx_bf16")
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) or "amx_bf16" in _cpuinfo()
 
 
 def load(spec: BaseSpec, device: str = "auto") -> Base:

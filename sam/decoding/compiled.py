@@ -164,7 +164,7 @@ class Graph:
         settings = {
             "INFERENCE_PRECISION_HINT": self._kind,
             "KV_CACHE_PRECISION": self._kind,
-            "INFERENCE_NUM_THREADS": max(LEAST if amx else 1, threads),
+            "INFERENCE_NUM_THREADS": max(LEAST, threads) if amx else threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "ENABLE_HYPER_THREADING": True,
