@@ -314,6 +314,11 @@ def has_amx() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16")) or "amx_bf16" in _cpuinfo()
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies int8 numbers itself, in registers of 512 bits."""
+    return "avx512_vnni" in _cpuinfo()
+
+
 def load(spec: BaseSpec, device: str = "auto") -> Base:
     """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
 

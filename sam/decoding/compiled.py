@@ -1,8 +1,12 @@
-"""The base model's layers compiled by OpenVINO, in place of torch's: ``fast`` on a processor that multiplies bf16.
+"""The base model's layers compiled by OpenVINO, in place of torch's: ``fast`` on a processor with AMX or VNNI.
 
-There torch spends much of a pass (with AMX most of it) between the products, which OpenVINO fuses. It works in bf16
-throughout, with paged attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a
-list of sequences, each with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
+There torch spends much of a pass (with AMX most of it) between the products, which OpenVINO fuses. It has paged
+attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a list of sequences, each
+with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
+
+With AMX all is in bf16. With VNNI alone weights are in int8, a step for each output's, and so are the inputs of linear
+layers as they are multiplied, a step for each ``GROUP`` of a token's, once inputs are evened out with their weights as
+in :mod:`sam.decoding.int8`; the rest is in fp32.
 
 A token's result is the same to the bit whatever else is in the pass, as
 
@@ -26,7 +30,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 
 from sam.base import Base, has_amx
-from sam.decoding.packed import HALF, LEAST, PackedWeights, compiler, products
+from sam.decoding.int8 import divisors, packs_int8, steps
+from sam.decoding.packed import LEAST, PackedWeights, compiled_in, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
 
@@ -34,6 +39,7 @@ NAME = "sam_compiled"
 TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Of the models that are compiled: those that the tests compile."""
 SIZE = 32  # slots of a block, as OpenVINO has them on a CPU
+GROUP = 64  # neighbouring inputs of one step in int8, or fewer at the end: more err more, and are hardly faster
 FUSED = 256  # where a hidden state is a multiple of it, q, k and v may be multiplied as one
 TRACED = 4  # tokens of the example that shows what the model does; any number of several would do
 PARTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
@@ -43,8 +49,8 @@ OUTER = "self.decoder."  # how OpenVINO names the weights of what is traced
 def weights_of(base: Base, mode: str, *, constrained: bool) -> PackedWeights:
     """What merges are applied by for answers of ``base``, as :meth:`PackedWeights.of`."""
     model = base.model
-    half = products(mode, str(model.dtype).removeprefix("torch."), torch.device(base.device).type).startswith(HALF)
-    compiled = half and compiler() and compiles(model.config)
+    found = products(mode, str(model.dtype).removeprefix("torch."), torch.device(base.device).type)
+    compiled = "OpenVINO" in found and compiles(model.config)
     return (CompiledWeights if compiled else PackedWeights).of(base, mode, constrained=constrained)
 
 
@@ -104,11 +110,13 @@ class Blocks:
 class Graph:
     """The layers of a model as OpenVINO's graph, whose weights can be set before it is compiled."""
 
-    def __init__(self, model: Any, kind: str) -> None:
-        """``kind``: what is computed in, ``bf16`` or ``f32``."""
+    def __init__(self, model: Any, kind: str, divide: Mapping[nn.Module, Tensor] | None = None) -> None:
+        """``kind``: what is computed in, ``bf16`` or ``f32``, or, with all else in fp32, what is multiplied in,
+        ``int8``. ``divide``: by what the inputs of linear layers are divided before, and their weights multiplied."""
         from openvino import PartialShape, Type
 
-        self._kind = kind
+        self._kind, self._int8 = "f32" if kind == "int8" else kind, kind == "int8"
+        self._divide = divide or {}
         self._decoder: nn.Module = model.base_model
         traced, self._shapes = _traced(model)
         self._model = _converted(traced)
@@ -116,37 +124,63 @@ class Graph:
         types = [Type.i64, Type.i64, *[Type.i32] * (len(PARTS) + 1)]
         shapes: list[list[int]] = [[1, -1], [1, -1], *[[-1]] * len(PARTS), []]
         for heads, dim in self._shapes:
-            types.append(getattr(Type, kind))
+            types.append(getattr(Type, self._kind))
             shapes.append([-1, heads, SIZE, dim])
         for given, type_, shape in zip(inputs, types, shapes, strict=True):
             given.set_element_type(type_)
             given.set_partial_shape(PartialShape(shape))
         self._model.validate_nodes_and_infer_types()
-        self._nodes = self._shared()
+        self._nodes = self._own()
+        self._balance()
         self._merged: dict[nn.Module, Any] = {}
 
-    def _shared(self) -> dict[nn.Module, Any]:
-        """The node that holds each layer's weight, of the model's own memory now in place of a copy."""
+    def _own(self) -> dict[nn.Module, Any]:
+        """The node that gives each layer's weight: the model's own, of its memory in place of a copy but for int8."""
         found = {node.get_friendly_name(): node for node in self._model.get_ops() if node.get_type_name() == "Constant"}
         nodes: dict[nn.Module, Any] = {}
         for name, module in self._decoder.named_modules():
             node = found.get(f"{OUTER}{name}.weight")
             if isinstance(module, nn.Linear | nn.Embedding) and node is not None:
-                nodes[module] = _constant(cast(Tensor, module.weight))
                 if list(node.shape) != list(module.weight.shape):
-                    raise SamError(f"{compiler()} changed the weight of {name}; uninstall openvino, or decode=exact")
+                    raise SamError(f"OpenVINO changed the weight of {name}; uninstall openvino, or decode=exact")
+                nodes[module] = self._node(module, cast(Tensor, module.weight))
                 node.output(0).replace(nodes[module].output(0))
         return nodes
+
+    def _node(self, module: nn.Module, weight: Tensor) -> Any:
+        """The node that gives ``weight`` to ``module``."""
+        if not self._int8 or isinstance(module, nn.Embedding):
+            return _constant(weight)
+        from openvino import opset13
+
+        weight = weight.detach() * self._divide.get(module, 1)
+        step = steps(weight)
+        whole = _constant(weight.div_(step).round_().to(torch.int8))
+        return opset13.multiply(opset13.convert(whole, "f32"), _constant(step))
+
+    def _balance(self) -> None:
+        """Divide the inputs of linear layers, once for those that share one."""
+        from openvino import opset13
+
+        divided: dict[tuple[str, int, int], Any] = {}
+        for module, divisor in self._divide.items():
+            for target in self._nodes[module].output(0).get_target_inputs() if module in self._nodes else ():
+                given = target.get_node().input(0)
+                source = given.get_source_output()
+                key = (source.get_node().get_name(), source.get_index(), id(divisor))
+                if key not in divided:
+                    divided[key] = opset13.multiply(source, _constant(1 / divisor)).output(0)
+                given.replace_source_output(divided[key])
 
     def set(self, module: nn.Module, weight: Tensor) -> None:
         """Let ``module`` have ``weight`` (of its shape) in what is compiled next. Raises SamError for a module that is
         not part of the graph."""
         if module not in self._nodes:
             raise SamError(
-                f"{compiler()} compiles no {type(module).__name__} of its own weight where the expert has one; use "
+                f"OpenVINO compiles no {type(module).__name__} of its own weight where the expert has one; use "
                 "decode=exact, or uninstall openvino"
             )
-        self._merged[module] = _constant(weight.float())
+        self._merged[module] = self._node(module, weight.float())
         self._nodes[module].output(0).replace(self._merged[module].output(0))
 
     def reset(self) -> None:
@@ -168,11 +202,12 @@ class Graph:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "ENABLE_HYPER_THREADING": True,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if self._int8 else 0,
         }
         made = Core().compile_model(self._model, "CPU", settings)
         if amx and self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < LEAST:
             raise SamError(
-                f"{compiler()} takes {found} thread here and needs {LEAST} to multiply in bf16 with AMX; unset "
+                f"OpenVINO takes {found} thread here and needs {LEAST} to multiply in bf16 with AMX; unset "
                 "OMP_PROC_BIND if it is set, or decode=exact, or uninstall openvino"
             )
         return Compiled(made.create_infer_request(), self._shapes, self._kind)
@@ -243,11 +278,17 @@ def _sequences(now: Pass, spare: int) -> tuple[list[int], list[int], list[int], 
 class CompiledWeights(PackedWeights):
     """As :class:`PackedWeights`, with the layers compiled while a merge is applied: nothing but decoding works then.
 
-    All merged weights are held in fp32 until they are compiled.
+    All merged weights are held until they are compiled, in fp32 or int8.
     """
 
-    KIND = "bf16"
+    KIND: str | None = None  # as Graph has it; None: what this processor does
     _graph: Graph | None = None
+
+    def __init__(self, model: nn.Module, mode: str, *, all_logits: bool, sample: Sequence[int] = ()) -> None:
+        super().__init__(model, mode, all_logits=all_logits, sample=sample)
+        self._kind = self.KIND or cast(str, compiled_in())
+        if self._kind == "int8" and packs_int8():
+            self._half, self._int8 = False, True  # the output layer too
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:
         """As :meth:`PackedWeights.apply`. Raises SamError for a module that is not compiled."""
@@ -262,7 +303,8 @@ class CompiledWeights(PackedWeights):
 
     def _after_a_look(self, modules: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         if self._graph is None:  # now that no other merge can be applied
-            self._graph = Graph(self.model, self.KIND)
+            divide = divisors(self.model, self._sample) if self._kind == "int8" else None
+            self._graph = Graph(self.model, self._kind, divide)
         yield from modules
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:

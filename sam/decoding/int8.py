@@ -56,12 +56,13 @@ def packed_int8(
     if divisor is not None:
         weight = weight * divisor
     scale = _steps(weight)
-    laid = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round_().to(torch.int8), [256, count])
+    laid = torch.ops.onednn.qlinear_prepack((weight / scale).round_().to(torch.int8), [256, count])
+    scale = scale[:, 0].contiguous()
     zeros = torch.zeros(width, dtype=torch.int32)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, count).float() * factor  # a tensor of its own, also where it is x times 1
-        step = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
+        step = steps(rows)
         # The sign bit turned over adds 128: oneDNN multiplies tokens without a sign twice as fast.
         tokens = rows.div_(step).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
         found = torch.ops.onednn.qlinear_pointwise(
@@ -74,11 +75,21 @@ def packed_int8(
     return forward
 
 
+def steps(rows: Tensor) -> Tensor:
+    """The step of each row's values: [rows, 1]."""
+    return rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
+
+
 def _steps(weight: Tensor) -> Tensor:
-    """The step of each output's weights, such that neighbours add up as :data:`LARGEST` asks: [outputs]."""
+    """The step of each output's weights, such that neighbours add up as :data:`LARGEST` asks: [outputs, 1]."""
     pairs = nn.functional.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
-    largest = torch.maximum(weight.abs().amax(1), (pairs[..., 0] + pairs[..., 1]).abs().amax(1))
-    return largest.clamp_min(TINY) / LARGEST
+    return torch.maximum(steps(weight), steps(pairs[..., 0] + pairs[..., 1]))
+
+
+def rounded(rows: Tensor, weights: bool = False) -> Tensor:
+    """Tokens, or the weights of outputs, as :func:`packed_int8` multiplies them."""
+    step = _steps(rows) if weights else steps(rows)
+    return (rows / step).round_().mul_(step)
 
 
 def divisors(model: nn.Module, sample: Sequence[int]) -> dict[nn.Module, Tensor]:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from sam import prompts
-from sam.base import SIBLINGS, Base, cores, has_amx, multiplies_bf16
+from sam.base import SIBLINGS, Base, cores, has_amx, has_vnni, multiplies_bf16
+from sam.decoding import int8
 from sam.decoding.int8 import divisors, packed_int8, packs_int8
 from sam.merging import MergedWeights
 
@@ -35,13 +36,13 @@ Linear = Callable[[Tensor], Tensor]
 BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_proj", "down_proj"), strict=True)}
 """The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
-HALF, INT8 = "bfloat16 products", "int8 products and logits, balanced"
+HALF, INT8, GROUPS = "bfloat16 products", "int8 products and logits, balanced", "int8 by groups, balanced"
 """What ``fast`` makes of fp32 ones, as it is named in an answer's key: to be renamed when its rounding changes."""
 RANGE = 128  # neighbouring logits of which the largest is looked at first
-MARGINS = {HALF: 1 / 64, INT8: 1 / 16}
-"""Logits this near to the largest are computed in fp32, as a share of its size and of what a random row would give. In
-trials those near the largest erred by a third of that in int8 (SmolLM2, whose largest input is up to 20 times the root
-of the mean square), all of them by a third in bf16 (Gemma 3 too)."""
+ALIGNED = 8
+"""What int8 rounds off a logit's input, or its weights, is taken to have at most this many times the cosine with what
+that is multiplied with that random vectors have. In bf16, which rounds off less, it may be parallel: any is allowed."""
+SHORT = 2**-8  # by what share the rest of a rough product may err: given in bf16, or summed up in another order
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
 a token's result would hang on its company; larger blocks are a tenth faster, and cost more when they are not full."""
@@ -69,7 +70,7 @@ class PackedWeights(MergedWeights):
         self._on_cpu = lead.device.type == "cpu"
         self._head = cast(Any, model).get_output_embeddings()
         found = products(mode, str(lead.dtype).removeprefix("torch."), lead.device.type)
-        self._half, self._int8 = found.startswith(HALF), found == INT8
+        self._half, self._int8 = found.startswith(HALF), found.startswith(INT8)
         self._all_logits, self._sample = all_logits, sample
         self._divisors: dict[nn.Module, Tensor] | None = None  # layer -> what int8 divides its inputs by
         self._merged: dict[nn.Module, Tensor] = {}  # weights that wait for the layers they are multiplied with
@@ -187,8 +188,10 @@ class PackedWeights(MergedWeights):
 
     def _short_head(self, weight: Tensor) -> Linear:
         if self._int8:
-            return _largest(weight, packed_int8(weight, None, torch.float32), MARGINS[INT8])
-        return _largest(weight, _packed(weight.to(torch.bfloat16), None, torch.float32), MARGINS[HALF])
+            rough, stored = packed_int8(weight, None, torch.float32), int8.rounded(weight, weights=True)
+            return _largest(weight, rough, stored, int8.rounded, min(1, ALIGNED / math.sqrt(weight.shape[1])))
+        half = weight.to(torch.bfloat16)
+        return _largest(weight, _packed(half, None, torch.float32), half.float(), lambda x: x.bfloat16().float(), 1)
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -208,17 +211,20 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 @cache
-def compiler() -> str | None:
-    """OpenVINO and its version, where ``fast`` uses it for the models that :mod:`sam.decoding.compiled` can compile."""
+def compiled_in() -> str | None:
+    """What OpenVINO multiplies in, ``bf16`` or ``int8``, where ``fast`` uses it for the models that
+    :mod:`sam.decoding.compiled` can compile: with AMX in bf16, with VNNI alone in int8."""
     try:
-        return f"OpenVINO {version('openvino')}" if multiplies_bf16() and cores() >= LEAST else None
+        version("openvino")
     except PackageNotFoundError:
         return None
+    found = "bf16" if has_amx() else "int8" if has_vnni() else None
+    return found if cores() >= LEAST else None
 
 
 def products(mode: str, dtype: str, device: str) -> str:
-    """What the linear layers of a model in ``dtype`` are multiplied in, or by: of all that decides a token's rounding,
-    what hangs on the machine. ``device``: its kind, as ``cpu``."""
+    """What the linear layers of a model in ``dtype`` are multiplied in, and by what if it can be compiled: of all that
+    decides a token's rounding, what hangs on the machine. ``device``: its kind, as ``cpu``."""
     if device != "cpu":
         return dtype
     found = dtype
@@ -227,9 +233,12 @@ def products(mode: str, dtype: str, device: str) -> str:
             found = HALF
         elif packs_int8():
             found = INT8
+    compiled = found != dtype and compiled_in()
     if found.startswith(("bfloat16", "float16")) and has_amx():
         found = f"{found} in blocks"
-    return f"{found}, {compiler()}" if found.startswith(HALF) and compiler() else found
+    if compiled:
+        found = f"{found}, OpenVINO {version('openvino')}" + (f" {GROUPS}" if compiled == "int8" else "")
+    return found
 
 
 class _Held(threading.local):
@@ -277,19 +286,31 @@ def _forwards(
     return [partial(together.part, number) for number in range(len(weights))]
 
 
-def _largest(weight: Tensor, rough: Linear, margin: float) -> Linear:
-    """``x -> x Wᵀ``, as ``rough`` multiplies; the results that may be the largest of their row again, in fp32."""
-    longest = weight.norm(dim=-1).max() / math.sqrt(weight.shape[-1])
+def _largest(
+    weight: Tensor, rough: Linear, stored: Tensor, rounded: Callable[[Tensor], Tensor], parallel: float
+) -> Linear:
+    """``x -> x Wᵀ``, as ``rough`` multiplies; the results that may be the largest of their row again, in fp32.
+
+    ``rough`` multiplies what ``rounded`` makes of ``x`` with ``stored``. ``parallel``: the largest cosine between what
+    that leaves out and what it is multiplied with.
+    """
+    lengths, errors = weight.norm(dim=-1), (weight - stored).norm(dim=-1)
+    lengths, errors = (parallel * x.view(-1, RANGE) for x in (lengths, errors))
+    longest, worst = lengths.amax(-1), errors.amax(-1)
 
     def forward(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         logits = rough(flat)
-        ranges = logits.view(len(logits), len(weight) // RANGE, RANGE)
+        near = rounded(flat)
+        error, length = ((flat - near).norm(dim=-1, keepdim=True), near.norm(dim=-1, keepdim=True))
+        ranges = logits.view(len(logits), *lengths.shape)
         tops = ranges.amax(-1)
-        best = tops.amax(-1, keepdim=True)
-        least = best - margin * (best.abs() + flat.norm(dim=-1, keepdim=True) * longest)
-        row, where = (tops >= least).nonzero(as_tuple=True)
-        pick, place = (ranges[row, where] >= least[row]).nonzero(as_tuple=True)
+        margins = error * longest + length * worst + SHORT * tops.abs()
+        least = (tops - margins).amax(-1, keepdim=True)
+        row, where = (tops + margins >= least).nonzero(as_tuple=True)
+        found = ranges[row, where]
+        margins = error[row] * lengths[where] + length[row] * errors[where] + SHORT * found.abs()
+        pick, place = (found + margins >= least[row]).nonzero(as_tuple=True)
         row, token = row[pick], where[pick] * RANGE + place
         for rows, tokens in zip(row.split(PICKS), token.split(PICKS), strict=True):
             logits[rows, tokens] = (flat[rows] * weight[tokens]).sum(-1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
@@ -21,14 +22,15 @@ from transformers import (
 )
 
 from sam import prompts
-from sam.base import Base
+from sam.base import Base, has_vnni, multiplies_bf16
 from sam.decoding import DecodeSpec, compiled, packed
 from sam.decoding.compiled import TYPES as COMPILED
 from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiles, weights_of
 from sam.decoding.drafts import Drafter
 from sam.decoding.greedy import decode, stream
-from sam.decoding.packed import HALF, PackedWeights, compiler, products
-from sam.decoding.ragged import KeyValues
+from sam.decoding.int8 import divisors, rounded
+from sam.decoding.packed import GROUPS, HALF, INT8, PackedWeights, compiled_in, products
+from sam.decoding.ragged import KeyValues, Pass, Row
 from sam.errors import SamError
 from sam.merging import merged
 from tests.decoding.conftest import sizes, sliding_models
@@ -37,9 +39,11 @@ from tests.decoding.oracle import TEXTS, TYPES, Silent, numbers, oracle
 pytest.importorskip("openvino")
 Q, UP, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "lm_head"
 SPEC = DecodeSpec(12, 4)
-in_bf16 = pytest.mark.skipif(
-    "OpenVINO" not in products("fast", "float32", "cpu"), reason="no processor that multiplies bf16, or one core"
-)
+IDS = [5, 9, 31, 7, 44, 12, 8, 20, 63, 17, 5, 40]
+KINDS = [
+    pytest.param("bf16", marks=pytest.mark.skipif(not multiplies_bf16(), reason="no processor that multiplies bf16")),
+    pytest.param("int8", marks=pytest.mark.skipif(not has_vnni(), reason="no processor that multiplies int8")),
+]
 
 
 class InFull(CompiledWeights):
@@ -143,22 +147,26 @@ def test_what_is_compiled(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where OpenVINO is used: not by ``exact``, nor a model whose rotations follow the text or whose q, k and v may be
     fused."""
     config = tiny.model.config
-    for there, amx, expected in (
-        (True, True, f"{HALF} in blocks, OpenVINO 1"),
-        (True, False, f"{HALF}, OpenVINO 1"),
-        (False, True, f"{HALF} in blocks"),
-        (False, False, HALF),
+    by = f"OpenVINO {version('openvino')}"
+    for kind, amx, bf16, expected in (
+        ("bf16", True, True, f"{HALF} in blocks, {by}"),
+        ("int8", False, True, f"{HALF}, {by} {GROUPS}"),
+        ("int8", False, False, f"{INT8}, {by} {GROUPS}"),
+        (None, True, True, f"{HALF} in blocks"),
+        (None, False, True, HALF),
+        (None, False, False, INT8),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "packs", lambda dtype: True)
-            patch.setattr(packed, "multiplies_bf16", lambda: True)
-            patch.setattr(packed, "has_amx", lambda found=amx: found)
+            for name, value in (("packs", True), ("multiplies_bf16", bf16), ("packs_int8", True), ("has_amx", amx)):
+                patch.setattr(packed, name, lambda *_, value=value: value)
             for module in (packed, compiled):
-                patch.setattr(module, "compiler", lambda name="OpenVINO 1" if there else None: name)
+                patch.setattr(module, "compiled_in", lambda kind=kind: kind)
             assert products("fast", "float32", "cpu") == expected
             assert products("exact", "float32", "cpu") == products("fast", "float32", "cuda") == "float32"
-            assert isinstance(weights_of(tiny, "fast", constrained=False), CompiledWeights) == there
+            assert isinstance(weights_of(tiny, "fast", constrained=False), CompiledWeights) == bool(kind)
             assert type(weights_of(tiny, "exact", constrained=False)) is PackedWeights
+            patch.setattr(packed, "packs", lambda _: False)
+            assert products("fast", "float32", "cpu") == "float32"
     assert compiles(config)
     rope = config.rope_parameters
     dynamic = [{**rope, "rope_type": "dynamic"}, {"full_attention": {**rope, "rope_type": "longrope"}}]
@@ -173,17 +181,18 @@ def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(packed, "multiplies_bf16", lambda: True)
-    monkeypatch.setattr(packed, "version", lambda name: f"7 of {name}")
-    for cores, expected in ((2, "OpenVINO 7 of openvino"), (1, None)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
-        assert compiler.__wrapped__() == expected
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    def here(cores: int, amx: bool, vnni: bool) -> str | None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.setattr(packed, "has_amx", lambda: amx)
+        monkeypatch.setattr(packed, "has_vnni", lambda: vnni)
+        found: str | None = compiled_in.__wrapped__()
+        return found
+
+    assert here(2, True, True) == here(4, True, True) == "bf16"
+    assert here(2, False, True) == "int8"
+    assert here(2, False, False) is here(1, True, True) is here(1, False, True) is None
     monkeypatch.setattr(packed, "version", without)
-    assert compiler.__wrapped__() is None
-    monkeypatch.undo()
-    monkeypatch.setattr(packed, "multiplies_bf16", lambda: False)
-    assert compiler.__wrapped__() is None
+    assert here(2, True, True) is None
 
 
 def test_one_merge_at_a_time(tiny: Base) -> None:
@@ -194,18 +203,19 @@ def test_one_merge_at_a_time(tiny: Base) -> None:
             InFull(tiny.model, "exact", all_logits=False).apply([])
 
 
-@in_bf16
-@pytest.mark.parametrize("kind", COMPILED)
-def test_in_bf16_an_answer_does_not_depend_on_its_company(
-    tiny: Base, threads: Callable[[int], None], kind: str
+@pytest.mark.parametrize("family", COMPILED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_does_not_depend_on_its_company(
+    tiny: Base, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, kind: str, family: str
 ) -> None:
     """Nor on the guesses that come with it, nor on how many threads there are; also where a window slides, and prefixes
     are of several lengths."""
-    model = models(len(tiny.tokenizer))[kind]
+    monkeypatch.setattr(CompiledWeights, "KIND", kind)
+    model = models(len(tiny.tokenizer))[family]
     base = numbers(tiny, model=model)
     parts = [(prompts.prefix(types), prompts.suffix(t)) for t in TEXTS[:6] for types in (TYPES, ["x"] * 20, TYPES[:1])]
     spec = DecodeSpec(24, 1, "fast")
-    with CompiledWeights(model, "fast", all_logits=False) as weights:
+    with CompiledWeights(model, "fast", all_logits=False, sample=IDS) as weights:
         weights.apply(deltas(model))
         alone = dict(stream(base, parts, spec, Silent()))
         for size in (4, 16):
@@ -219,10 +229,10 @@ def test_in_bf16_an_answer_does_not_depend_on_its_company(
     assert len({answer.text for answer in alone.values()}) > 5
 
 
-@in_bf16
-def test_fast_is_compiled_here_and_near_to_exact(smollm: Base) -> None:
-    weights = weights_of(smollm, "fast", constrained=False)
-    assert isinstance(weights, CompiledWeights)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_is_near_to_exact(smollm: Base, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(CompiledWeights, "KIND", kind)
+    weights = CompiledWeights.of(smollm, "fast", constrained=False)
     with weights, PackedWeights.of(smollm, "exact", constrained=False) as exact:
         exact.apply([])
         expected = decode(smollm, TYPES, TEXTS, DecodeSpec(16, 4, "exact"))
@@ -232,3 +242,44 @@ def test_fast_is_compiled_here_and_near_to_exact(smollm: Base) -> None:
     # The first words are the same; later ones may differ by rounding.
     starts = [(a.text[:8], b.text[:8]) for a, b in zip(found, expected, strict=True)]
     assert sum(a == b for a, b in starts) >= 7
+
+
+def test_fast_is_compiled_where_it_says_so(smollm: Base) -> None:
+    said = "OpenVINO" in products("fast", "float32", "cpu")
+    assert isinstance(weights_of(smollm, "fast", constrained=False), CompiledWeights) == said
+
+
+@pytest.mark.skipif(not has_vnni(), reason="no processor that multiplies int8")
+@pytest.mark.parametrize("family", COMPILED)
+def test_in_int8_weights_and_groups_of_inputs_are_rounded(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """As torch says with its layers rounded so; a merge too, and inputs divided, with the weights multiplied."""
+    monkeypatch.setattr(CompiledWeights, "KIND", "int8")
+    monkeypatch.setattr(compiled, "GROUP", 32)  # of 64 and 112
+    model = models(len(tiny.tokenizer))[family]
+    ids, given = torch.tensor([IDS]), deltas(model)
+    divide = divisors(model, IDS)
+    assert len(divide) > 10 and any((divisor != 1).any() for divisor in divide.values())
+
+    def rounding(divisor: Tensor) -> Any:
+        def hook(_: nn.Module, given: tuple[Tensor]) -> Tensor:
+            return torch.cat([rounded(part) for part in (given[0] / divisor).split(compiled.GROUP, -1)], -1)
+
+        return hook
+
+    with merged(model, given), torch.no_grad():
+        exact = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        other, names = copy.deepcopy(model), {module: name for name, module in model.named_modules()}
+        for layer, divisor in divide.items():
+            same = other.get_submodule(names[layer])
+            same.weight.copy_(rounded(layer.weight * divisor))
+            same.register_forward_pre_hook(rounding(divisor))
+        expected = other.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    with CompiledWeights(model, "fast", all_logits=False, sample=IDS) as weights:
+        weights.apply(given)
+        now = Pass(caches(model)(1, 40), [Row(len(IDS), 0)], 2, "cpu")
+        padded = nn.functional.pad(ids, (0, now.spare))
+        found = model.base_model(input_ids=padded, position_ids=now.positions, sam_pass=now)
+    error = (found.last_hidden_state[0, : len(IDS)] - expected).abs().mean()
+    assert error < 0.1 * (exact - expected).abs().mean()

@@ -28,7 +28,7 @@ def test_canonical_decoding_tells_modes_apart_where_they_differ(
     monkeypatch: pytest.MonkeyPatch, halves: bool, int8: bool, expected: str
 ) -> None:
     fast, exact = DecodeSpec(5, 2, "fast"), DecodeSpec(5, 2, "exact")
-    monkeypatch.setattr("sam.decoding.packed.compiler", lambda: None)
+    monkeypatch.setattr("sam.decoding.packed.compiled_in", lambda: None)
     monkeypatch.setattr("sam.decoding.packed.packs", lambda dtype: True)
     monkeypatch.setattr("sam.decoding.packed.multiplies_bf16", lambda: halves)
     monkeypatch.setattr("sam.decoding.packed.packs_int8", lambda: int8)

@@ -158,6 +158,10 @@ def test_the_largest_logits_are_those_of_fp32(fast: str, monkeypatch: pytest.Mon
         assert torch.allclose(found.amax(-1), expected.amax(-1), atol=1e-5)
         assert not torch.allclose(found, expected, atol=1e-3)
         assert torch.equal(model.head(shifted).argmax(-1), whole(model, shifted).argmax(-1))
+        for size in (10, 1000):  # so that int8 rounds all other inputs to a few numbers, or to none
+            outlier = x.clone()
+            outlier[..., 5] *= size
+            assert torch.equal(model.head(outlier).argmax(-1), whole(model, outlier).argmax(-1))
         monkeypatch.setattr(packed, "PICKS", 3)
         assert torch.equal(model.head(x), found)
         assert model.head(x[:, :0]).shape == (4, 0, 512)
