@@ -177,6 +177,31 @@ def test_the_largest_logits_are_those_of_fp32(fast: str, monkeypatch: pytest.Mon
         assert torch.allclose(odd.head(x), x @ odd.head.weight.T, atol=1e-5)
 
 
+@pytest.mark.parametrize("rough", ["inputs", "weights", "sums"])
+def test_the_largest_are_found_whatever_is_rough(rough: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    kinds, x = torch.randn(64, 48, generator=draw), torch.randn(200, 48, generator=draw)
+    weight = kinds.repeat(8, 1) + 2e-3 * torch.randn(512, 48, generator=draw)
+
+    def few_bits(tensor: Tensor) -> Tensor:
+        return (2 * tensor).round() / 2
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor
+
+    stored, rounded = few_bits(weight) if rough == "weights" else weight, few_bits if rough == "inputs" else same
+
+    def product(rows: Tensor) -> Tensor:
+        found = rounded(rows) @ stored.T
+        wrong = 2**-9 * (2 * torch.rand(found.shape, generator=torch.Generator().manual_seed(1)) - 1)
+        return found + found * wrong if rough == "sums" else found
+
+    expected = (x @ weight.T).argmax(-1)
+    found = packed._largest(weight, product, stored, rounded, 1)(x)
+    assert torch.equal(found.argmax(-1), expected)
+    assert (product(x).argmax(-1) != expected).sum() > 50
+
+
 def test_fast_gives_a_token_the_same_bits_in_any_company(smollm: Base, fast: str) -> None:
     check_company(smollm, "fast")
 
