@@ -1,4 +1,4 @@
-"""Linear layers in int8, for x86 processors that do not multiply bf16.
+"""Linear layers in int8, for x86 processors that do not multiply bf16, or multiply int8 faster.
 
 A token has a scale and an output's weights have one, as in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), but no
 outlier is kept in 16 bits, which it found large models to need. Before that, inputs that are large are made smaller and

@@ -7,7 +7,8 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
   values too (but for attention with AMX); the sum over the layers stays in fp32, and so do the logits: the largest,
   which are all that free greedy decoding looks at, or all of them;
 - on another x86 processor with AVX2 in int8 (see :mod:`sam.decoding.int8`). All that is not a product stays in fp32,
-  and so do the logits, as above. It pays from some tens of tokens a pass on.
+  and so do the logits, as above. It pays from some tens of tokens a pass on;
+- but for the output layer, many models are compiled where the processor has AMX or VNNI (:mod:`sam.decoding.compiled`).
 
 Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
 same result to the bit whatever else is in the batch.

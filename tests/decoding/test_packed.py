@@ -181,10 +181,10 @@ def test_the_largest_logits_are_those_of_fp32(fast: str, monkeypatch: pytest.Mon
 def test_the_largest_are_found_whatever_is_rough(rough: str) -> None:
     draw = torch.Generator().manual_seed(0)
     kinds, x = torch.randn(64, 48, generator=draw), torch.randn(200, 48, generator=draw)
-    weight = kinds.repeat(8, 1) + 2e-3 * torch.randn(512, 48, generator=draw)
+    weight = kinds.repeat(8, 1) + 1e-3 * torch.randn(512, 48, generator=draw)
 
     def few_bits(tensor: Tensor) -> Tensor:
-        return (2 * tensor).round() / 2
+        return (4 * tensor).round() / 4
 
     def same(tensor: Tensor) -> Tensor:
         return tensor
@@ -199,7 +199,7 @@ def test_the_largest_are_found_whatever_is_rough(rough: str) -> None:
     expected = (x @ weight.T).argmax(-1)
     found = packed._largest(weight, product, stored, rounded, 1)(x)
     assert torch.equal(found.argmax(-1), expected)
-    assert (product(x).argmax(-1) != expected).sum() > 50
+    assert (product(x).argmax(-1) != expected).sum() > 20
 
 
 def test_fast_gives_a_token_the_same_bits_in_any_company(smollm: Base, fast: str) -> None:
