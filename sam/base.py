@@ -315,8 +315,8 @@ def has_amx() -> bool:
 
 
 def has_vnni() -> bool:
-    """Whether the processor multiplies int8 numbers itself, in registers of 512 bits."""
-    return "avx512_vnni" in _cpuinfo()
+    """Whether the processor multiplies int8 numbers itself, in registers of 512 bits, and oneDNN is not held back."""
+    return "avx512_vnni" in _cpuinfo() and "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
 def load(spec: BaseSpec, device: str = "auto") -> Base:

@@ -101,7 +101,7 @@ SAMPLE = "".join(
     )
 )
 """What a model reads and writes, for decoding in int8 to see how large its numbers get. Rename
-:data:`sam.decoding.packed.INT8`, which names it in the key of answers, with every change."""
+:data:`sam.decoding.packed.INT8` and ``GROUPS``, which name it in the key of answers, with every change."""
 
 
 def _quote(text: str) -> str:

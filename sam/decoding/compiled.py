@@ -5,8 +5,8 @@ attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, a
 with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
 
 With AMX all is in bf16. With VNNI alone weights are in int8, a step for each output's, and so are the inputs of linear
-layers as they are multiplied, a step for each ``GROUP`` of a token's, once inputs are evened out with their weights as
-in :mod:`sam.decoding.int8`; the rest is in fp32.
+layers as they are multiplied, a step for each ``GROUP`` of a token's (in fp32 in layers of fewer inputs), once inputs
+are evened out with their weights as in :mod:`sam.decoding.int8`; the rest is in fp32.
 
 A token's result is the same to the bit whatever else is in the pass, as
 
@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 
 from sam.base import Base, has_amx
-from sam.decoding.int8 import divisors, packs_int8, steps
+from sam.decoding.int8 import divisors, steps
 from sam.decoding.packed import LEAST, PackedWeights, compiled_in, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
@@ -287,7 +287,7 @@ class CompiledWeights(PackedWeights):
     def __init__(self, model: nn.Module, mode: str, *, all_logits: bool, sample: Sequence[int] = ()) -> None:
         super().__init__(model, mode, all_logits=all_logits, sample=sample)
         self._kind = self.KIND or cast(str, compiled_in())
-        if self._kind == "int8" and packs_int8():
+        if self._kind == "int8":
             self._half, self._int8 = False, True  # the output layer too
 
     def apply(self, modules: Iterable[tuple[str, Tensor]]) -> None:

@@ -55,7 +55,7 @@ def packed_int8(
     factor = 1.0 if divisor is None else 1 / divisor
     if divisor is not None:
         weight = weight * divisor
-    scale = _steps(weight)
+    scale = paired_steps(weight)
     laid = torch.ops.onednn.qlinear_prepack((weight / scale).round_().to(torch.int8), [256, count])
     scale = scale[:, 0].contiguous()
     zeros = torch.zeros(width, dtype=torch.int32)
@@ -76,19 +76,19 @@ def packed_int8(
 
 
 def steps(rows: Tensor) -> Tensor:
-    """The step of each row's values: [rows, 1]."""
+    """The step of each row's values, of tokens or of weights that no neighbours are added to: [rows, 1]."""
     return rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
 
 
-def _steps(weight: Tensor) -> Tensor:
+def paired_steps(weight: Tensor) -> Tensor:
     """The step of each output's weights, such that neighbours add up as :data:`LARGEST` asks: [outputs, 1]."""
     pairs = nn.functional.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
     return torch.maximum(steps(weight), steps(pairs[..., 0] + pairs[..., 1]))
 
 
-def rounded(rows: Tensor, weights: bool = False) -> Tensor:
+def quantized(rows: Tensor, weights: bool = False) -> Tensor:
     """Tokens, or the weights of outputs, as :func:`packed_int8` multiplies them."""
-    step = _steps(rows) if weights else steps(rows)
+    step = paired_steps(rows) if weights else steps(rows)
     return (rows / step).round_().mul_(step)
 
 

@@ -8,7 +8,8 @@ plain layout. ``fast`` multiplies an fp32 model in fewer bits, as :func:`product
   which are all that free greedy decoding looks at, or all of them;
 - on another x86 processor with AVX2 in int8 (see :mod:`sam.decoding.int8`). All that is not a product stays in fp32,
   and so do the logits, as above. It pays from some tens of tokens a pass on;
-- but for the output layer, many models are compiled where the processor has AMX or VNNI (:mod:`sam.decoding.compiled`).
+- :mod:`sam.decoding.compiled` stands in for that where the processor has AMX (in bf16) or VNNI alone (in int8) and can
+  compile the model; only the output layer stays, in the same of the two.
 
 Layers that read the same input (q, k, v; gate, up) are multiplied as one. Either way what is packed gives a token the
 same result to the bit whatever else is in the batch.
@@ -37,12 +38,14 @@ Linear = Callable[[Tensor], Tensor]
 BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_proj", "down_proj"), strict=True)}
 """The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
-HALF, INT8, GROUPS = "bfloat16 products", "int8 products and logits, balanced", "int8 by groups, balanced"
-"""What ``fast`` makes of fp32 ones, as it is named in an answer's key: to be renamed when its rounding changes."""
+HALF, INT8 = "bfloat16 products, logits bounded", "int8 products, logits bounded, balanced"
+GROUPS = "int8 by groups of 64, balanced"
+"""What ``fast`` makes of fp32 ones, the last by OpenVINO, as an answer's key has it: to be renamed when it changes."""
 RANGE = 128  # neighbouring logits of which the largest is looked at first
 ALIGNED = 8
 """What int8 rounds off a logit's input, or its weights, is taken to have at most this many times the cosine with what
-that is multiplied with that random vectors have. In bf16, which rounds off less, it may be parallel: any is allowed."""
+that is multiplied with that random vectors have: an outlier so large that nearly all else rounds to 0 may break that.
+In bf16, which rounds off less, any cosine is allowed."""
 SHORT = 2**-8  # by what share the rest of a rough product may err: given in bf16, or summed up in another order
 ROWS = 64
 """Tokens that a processor with AMX multiplies at a time: oneDNN adds up in another order for few than for many, so that
@@ -189,8 +192,8 @@ class PackedWeights(MergedWeights):
 
     def _short_head(self, weight: Tensor) -> Linear:
         if self._int8:
-            rough, stored = packed_int8(weight, None, torch.float32), int8.rounded(weight, weights=True)
-            return _largest(weight, rough, stored, int8.rounded, min(1, ALIGNED / math.sqrt(weight.shape[1])))
+            rough, stored = packed_int8(weight, None, torch.float32), int8.quantized(weight, weights=True)
+            return _largest(weight, rough, stored, int8.quantized, min(1, ALIGNED / math.sqrt(weight.shape[1])))
         half = weight.to(torch.bfloat16)
         return _largest(weight, _packed(half, None, torch.float32), half.float(), lambda x: x.bfloat16().float(), 1)
 
@@ -219,7 +222,7 @@ def compiled_in() -> str | None:
         version("openvino")
     except PackageNotFoundError:
         return None
-    found = "bf16" if has_amx() else "int8" if has_vnni() else None
+    found = "bf16" if has_amx() else "int8" if has_vnni() and packs_int8() else None
     return found if cores() >= LEAST else None
 
 

@@ -1,4 +1,5 @@
-"""The layers compiled by OpenVINO: the same model as torch's, in fp32 as any processor has it; in bf16 where it is."""
+"""The layers compiled by OpenVINO: the same model as torch's, in fp32 as any processor has it; in bf16, int8 where they
+are."""
 
 from __future__ import annotations
 
@@ -22,14 +23,14 @@ from transformers import (
 )
 
 from sam import prompts
-from sam.base import Base, has_vnni, multiplies_bf16
+from sam.base import Base, cores, has_amx, has_vnni, multiplies_bf16
 from sam.decoding import DecodeSpec, compiled, packed
 from sam.decoding.compiled import TYPES as COMPILED
 from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiles, weights_of
 from sam.decoding.drafts import Drafter
 from sam.decoding.greedy import decode, stream
-from sam.decoding.int8 import divisors, rounded
-from sam.decoding.packed import GROUPS, HALF, INT8, PackedWeights, compiled_in, products
+from sam.decoding.int8 import divisors, quantized
+from sam.decoding.packed import GROUPS, HALF, INT8, LEAST, PackedWeights, compiled_in, products
 from sam.decoding.ragged import KeyValues, Pass, Row
 from sam.errors import SamError
 from sam.merging import merged
@@ -41,8 +42,8 @@ Q, UP, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "
 SPEC = DecodeSpec(12, 4)
 IDS = [5, 9, 31, 7, 44, 12, 8, 20, 63, 17, 5, 40]
 KINDS = [
-    pytest.param("bf16", marks=pytest.mark.skipif(not multiplies_bf16(), reason="no processor that multiplies bf16")),
-    pytest.param("int8", marks=pytest.mark.skipif(not has_vnni(), reason="no processor that multiplies int8")),
+    pytest.param(kind, marks=pytest.mark.skipif(not there, reason=f"no processor that OpenVINO multiplies {kind} on"))
+    for kind, there in (("bf16", multiplies_bf16() and cores() >= LEAST), ("int8", has_vnni() and not has_amx()))
 ]
 
 
@@ -181,10 +182,11 @@ def test_where_the_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(_: str) -> str:
         raise PackageNotFoundError
 
-    def here(cores: int, amx: bool, vnni: bool) -> str | None:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    def here(count: int, amx: bool, vnni: bool) -> str | None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
         monkeypatch.setattr(packed, "has_amx", lambda: amx)
         monkeypatch.setattr(packed, "has_vnni", lambda: vnni)
+        monkeypatch.setattr(packed, "packs_int8", lambda: True)
         found: str | None = compiled_in.__wrapped__()
         return found
 
@@ -249,14 +251,14 @@ def test_fast_is_compiled_where_it_says_so(smollm: Base) -> None:
     assert isinstance(weights_of(smollm, "fast", constrained=False), CompiledWeights) == said
 
 
-@pytest.mark.skipif(not has_vnni(), reason="no processor that multiplies int8")
+@pytest.mark.skipif(not has_vnni() or has_amx(), reason="no processor that OpenVINO multiplies int8 on")
 @pytest.mark.parametrize("family", COMPILED)
 def test_in_int8_weights_and_groups_of_inputs_are_rounded(
     tiny: Base, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """As torch says with its layers rounded so; a merge too, and inputs divided, with the weights multiplied."""
     monkeypatch.setattr(CompiledWeights, "KIND", "int8")
-    monkeypatch.setattr(compiled, "GROUP", 32)  # of 64 and 112
+    monkeypatch.setattr(compiled, "GROUP", 48)  # of 64, 96 and 128
     model = models(len(tiny.tokenizer))[family]
     ids, given = torch.tensor([IDS]), deltas(model)
     divide = divisors(model, IDS)
@@ -264,7 +266,7 @@ def test_in_int8_weights_and_groups_of_inputs_are_rounded(
 
     def rounding(divisor: Tensor) -> Any:
         def hook(_: nn.Module, given: tuple[Tensor]) -> Tensor:
-            return torch.cat([rounded(part) for part in (given[0] / divisor).split(compiled.GROUP, -1)], -1)
+            return torch.cat([quantized(part) for part in (given[0] / divisor).split(compiled.GROUP, -1)], -1)
 
         return hook
 
@@ -273,7 +275,7 @@ def test_in_int8_weights_and_groups_of_inputs_are_rounded(
         other, names = copy.deepcopy(model), {module: name for name, module in model.named_modules()}
         for layer, divisor in divide.items():
             same = other.get_submodule(names[layer])
-            same.weight.copy_(rounded(layer.weight * divisor))
+            same.weight.copy_(quantized(layer.weight * divisor))
             same.register_forward_pre_hook(rounding(divisor))
         expected = other.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     with CompiledWeights(model, "fast", all_logits=False, sample=IDS) as weights:

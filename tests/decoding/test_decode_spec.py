@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sam.decoding import DecodeSpec
+from sam.decoding.packed import HALF, INT8
 from sam.errors import SamError
 
 
@@ -22,7 +23,7 @@ def test_spec_from_config() -> None:
 
 @pytest.mark.parametrize(
     ("halves", "int8", "expected"),
-    [(True, True, "bfloat16 products"), (False, True, "int8 products and logits, balanced"), (False, False, "float32")],
+    [(True, True, HALF), (False, True, INT8), (False, False, "float32")],
 )
 def test_canonical_decoding_tells_modes_apart_where_they_differ(
     monkeypatch: pytest.MonkeyPatch, halves: bool, int8: bool, expected: str

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sam.decoding.packed as packed
 from sam import prompts
 from sam.base import Base
-from sam.decoding import int8
+from sam.decoding import compiled, int8
 from sam.decoding.int8 import divisors, packed_int8, packs_int8
 from sam.decoding.packed import PackedWeights
 from sam.errors import SamError
@@ -44,7 +44,7 @@ def test_weights_are_rounded_by_their_neighbours_and_tokens_to_eight_bits(bias: 
     weight[3], weight[4] = (torch.tensor(pair).repeat(inputs)[:inputs] for pair in ([2.9, 0.1], [-3.0, 3.0]))
     offset = torch.randn(48, generator=generator) if bias else None
     scales = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    expected = rounded(x, scales) @ rounded(weight, int8._steps(weight)).T
+    expected = rounded(x, scales) @ rounded(weight, int8.paired_steps(weight)).T
     expected = expected if offset is None else expected + offset
     found = packed_int8(weight, offset, torch.float32)(x)
     assert found.shape == (2, 5, 48) and found.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_weights_are_rounded_by_their_neighbours_and_tokens_to_eight_bits(bias: 
 def test_neighbouring_weights_fit_in_sixteen_bits(scale: float) -> None:
     weight = torch.randn(400, 62, generator=torch.Generator().manual_seed(0)) ** 3 * scale
     weight[0, 0], weight[0, 1:], weight[1] = scale, 0, scale * torch.tensor([1.0, -1.0]).repeat(31)
-    steps = int8._steps(weight)
+    steps = int8.paired_steps(weight)
     whole = (weight / steps).round()
     assert whole.abs().amax(1).min() > 63 and whole.abs().max() <= 127
     tokens = torch.tensor([[0, 0], [0, 255], [255, 0], [255, 255]]).float()
@@ -66,9 +66,9 @@ def test_neighbouring_weights_fit_in_sixteen_bits(scale: float) -> None:
     seven_bits = weight.abs().amax(1, keepdim=True) / 63
     assert (steps <= seven_bits * 1.001).all() and (steps / seven_bits).mean() < 0.7
     # of one output alone, of an odd number of inputs, and of nothing but zeros
-    assert int8._steps(torch.tensor([[2.0, -1.0, 4.0]])).item() == pytest.approx(4 / 127)
-    assert int8._steps(torch.tensor([[2.0, 1.0, 1.0]])).item() == pytest.approx(3 / 127)
-    assert int8._steps(torch.zeros(1, 4)).item() > 0
+    assert int8.paired_steps(torch.tensor([[2.0, -1.0, 4.0]])).item() == pytest.approx(4 / 127)
+    assert int8.paired_steps(torch.tensor([[2.0, 1.0, 1.0]])).item() == pytest.approx(3 / 127)
+    assert int8.paired_steps(torch.zeros(1, 4)).item() > 0
 
 
 @in_int8
@@ -217,6 +217,7 @@ def test_int8_is_nearer_to_fp32_by_the_sample(smollm: Base, forced: None) -> Non
 
 
 def test_what_int8_looks_at_is_in_its_name() -> None:
-    """The name is in the key of answers: if this fails, rename it, and then change the digest here."""
+    """The names are in the key of answers: if this fails, rename both, and then change the digest here."""
     digest = hashlib.sha256(prompts.SAMPLE.encode()).hexdigest()[:16]
-    assert (packed.INT8, digest) == ("int8 products and logits, balanced", "e2190d8d9d88931c")
+    assert (packed.INT8, digest) == ("int8 products, logits bounded, balanced", "e2190d8d9d88931c")
+    assert (packed.GROUPS, compiled.GROUP) == ("int8 by groups of 64, balanced", 64)
