@@ -306,7 +306,7 @@ def _largest(
         flat = x.reshape(-1, x.shape[-1])
         logits = rough(flat)
         near = rounded(flat)
-        error, length = ((flat - near).norm(dim=-1, keepdim=True), near.norm(dim=-1, keepdim=True))
+        error, length = (part.norm(dim=-1, keepdim=True) for part in (flat - near, near))
         ranges = logits.view(len(logits), *lengths.shape)
         tops = ranges.amax(-1)
         margins = error * longest + length * worst + SHORT * tops.abs()
