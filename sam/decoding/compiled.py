@@ -19,7 +19,7 @@ A token's result is the same to the bit whatever else is in the pass, as
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 
 from sam.base import Base, has_amx
-from sam.decoding.int8 import divisors, steps
+from sam.decoding.int8 import steps
 from sam.decoding.packed import LEAST, PackedWeights, compiled_in, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
@@ -301,11 +301,10 @@ class CompiledWeights(PackedWeights):
             self._restore()
             raise
 
-    def _after_a_look(self, modules: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        if self._graph is None:  # now that no other merge can be applied
-            divide = divisors(self.model, self._sample) if self._kind == "int8" else None
-            self._graph = Graph(self.model, self._kind, divide)
-        yield from modules
+    def _look(self) -> None:
+        super()._look()
+        if self._graph is None:
+            self._graph = Graph(self.model, self._kind, self._divisors)
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
         if module is self._head:

@@ -106,10 +106,14 @@ class PackedWeights(MergedWeights):
             raise
 
     def _after_a_look(self, modules: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """``modules``, the first of them after the base has shown what it makes of the sample, if it has not yet."""
+        """``modules``, the first of them after a look at the base, now that no other merge can be applied."""
+        self._look()
+        yield from modules
+
+    def _look(self) -> None:
+        """Let the base show what it makes of the sample, if it has not yet."""
         if self._int8 and self._divisors is None:
             self._divisors = divisors(self.model, self._sample)
-        yield from modules
 
     def _set(self, module: nn.Module, weight: Tensor, merged: Tensor) -> None:
         team = self._team.get(module)
