@@ -4,9 +4,9 @@ There torch spends much of a pass (with AMX most of it) between the products, wh
 attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a list of sequences, each
 with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
 
-With AMX all is in bf16. With VNNI alone weights are in int8, a step for each output's, and so are the inputs of linear
-layers as they are multiplied, a step for each ``GROUP`` of a token's (in fp32 in layers of fewer inputs), once inputs
-are evened out with their weights as in :mod:`sam.decoding.int8`; the rest is in fp32.
+With AMX all is in bf16. With VNNI alone weights are in int8, and so are the inputs of linear layers as they are
+multiplied, a step for each group of neighbours (see :func:`group`), once inputs are evened out with their weights as in
+:mod:`sam.decoding.int8`; the rest is in fp32.
 
 A token's result is the same to the bit whatever else is in the pass, as
 
@@ -18,32 +18,28 @@ A token's result is the same to the bit whatever else is in the pass, as
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging as hf_logging
 
 from sam.base import Base, has_amx
+from sam.decoding.conversion import OUTER, PARTS, converted
 from sam.decoding.int8 import steps
 from sam.decoding.packed import LEAST, PackedWeights, compiled_in, products
 from sam.decoding.ragged import KeyValues, Pass, rounded
 from sam.errors import SamError
 
-NAME = "sam_compiled"
 TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Of the models that are compiled: those that the tests compile."""
 SIZE = 32  # slots of a block, as OpenVINO has them on a CPU
-GROUP = 64  # neighbouring inputs of one step in int8, or fewer at the end: more err more, and are hardly faster
+GROUP = 128  # neighbours of one step in int8 at most: more err more, and are hardly faster
+UNIT = 16  # what OpenVINO has groups in multiples of
 FUSED = 256  # where a hidden state is a multiple of it, q, k and v may be multiplied as one
-TRACED = 4  # tokens of the example that shows what the model does; any number of several would do
-PARTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
-OUTER = "self.decoder."  # how OpenVINO names the weights of what is traced
 
 
 def weights_of(base: Base, mode: str, *, constrained: bool) -> PackedWeights:
@@ -66,6 +62,14 @@ def compiles(config: Any) -> bool:
 
     rotations = set(kinds(getattr(config, "rope_parameters", None)))
     return config.model_type in TYPES and config.hidden_size % FUSED != 0 and not rotations & {"dynamic", "longrope"}
+
+
+def group(inputs: Iterable[int]) -> int:
+    """How many neighbours have a step of their own in int8 where layers have so many ``inputs``: as many as divide all
+    of these. Where nothing does ``GROUP``; then a layer that it does not divide has fewer inputs in its last group, but
+    one step for each output's weights, and one that has fewer inputs is multiplied in fp32."""
+    common = math.gcd(*inputs)
+    return max((size for size in range(UNIT, GROUP + 1, UNIT) if common % size == 0), default=GROUP)
 
 
 def caches(model: Any) -> Callable[[int, int], KeyValues | Blocks]:
@@ -118,8 +122,7 @@ class Graph:
         self._kind, self._int8 = "f32" if kind == "int8" else kind, kind == "int8"
         self._divide = divide or {}
         self._decoder: nn.Module = model.base_model
-        traced, self._shapes = _traced(model)
-        self._model = _converted(traced)
+        self._model, self._shapes = converted(model)
         inputs = self._model.get_parameters()
         types = [Type.i64, Type.i64, *[Type.i32] * (len(PARTS) + 1)]
         shapes: list[list[int]] = [[1, -1], [1, -1], *[[-1]] * len(PARTS), []]
@@ -131,11 +134,12 @@ class Graph:
             given.set_partial_shape(PartialShape(shape))
         self._model.validate_nodes_and_infer_types()
         self._nodes = self._own()
+        self._group = group(module.in_features for module in self._nodes if isinstance(module, nn.Linear))
         self._balance()
         self._merged: dict[nn.Module, Any] = {}
 
     def _own(self) -> dict[nn.Module, Any]:
-        """The node that gives each layer's weight: the model's own, of its memory in place of a copy but for int8."""
+        """The node that gives each layer's weight: the model's own, of its memory in place of a copy."""
         found = {node.get_friendly_name(): node for node in self._model.get_ops() if node.get_type_name() == "Constant"}
         nodes: dict[nn.Module, Any] = {}
         for name, module in self._decoder.named_modules():
@@ -143,7 +147,7 @@ class Graph:
             if isinstance(module, nn.Linear | nn.Embedding) and node is not None:
                 if list(node.shape) != list(module.weight.shape):
                     raise SamError(f"OpenVINO changed the weight of {name}; uninstall openvino, or decode=exact")
-                nodes[module] = self._node(module, cast(Tensor, module.weight))
+                nodes[module] = _constant(cast(Tensor, module.weight))
                 node.output(0).replace(nodes[module].output(0))
         return nodes
 
@@ -153,10 +157,12 @@ class Graph:
             return _constant(weight)
         from openvino import opset13
 
-        weight = weight.detach() * self._divide.get(module, 1)
-        step = steps(weight)
-        whole = _constant(weight.div_(step).round_().to(torch.int8))
-        return opset13.multiply(opset13.convert(whole, "f32"), _constant(step))
+        size = weight.shape[1] if weight.shape[1] % self._group else self._group
+        parts = (weight.detach() * self._divide.get(module, 1)).unflatten(1, (-1, size))
+        step = steps(parts)
+        whole = opset13.convert(_constant(parts.div_(step).round_().to(torch.int8)), "f32")
+        shape = opset13.constant(np.array(weight.shape, dtype=np.int64))
+        return opset13.reshape(opset13.multiply(whole, _constant(step)), shape, False)
 
     def _balance(self) -> None:
         """Divide the inputs of linear layers, once for those that share one."""
@@ -193,6 +199,8 @@ class Graph:
         """The model with the weights as they are set, whose memory it may keep."""
         from openvino import Core
 
+        for module in self._nodes.keys() - self._merged.keys() if self._int8 else ():
+            self.set(module, cast(Tensor, module.weight))
         amx = has_amx()
         # Not pinned, as another process may be at work; logical processors count as torch counts them.
         settings = {
@@ -202,7 +210,7 @@ class Graph:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
             "ENABLE_HYPER_THREADING": True,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if self._int8 else 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self._group if self._int8 else 0,
         }
         made = Core().compile_model(self._model, "CPU", settings)
         if amx and self._kind == "bf16" and (found := made.get_property("INFERENCE_NUM_THREADS")) < LEAST:
@@ -327,136 +335,3 @@ def _constant(weight: Tensor) -> Any:
     from openvino import op
 
     return op.Constant(weight.detach().contiguous().numpy(), shared_memory=True)
-
-
-class _Layers(nn.Module):
-    """A model's layers as a function of tensors: those of a pass, and the cache's."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, ids: Tensor, positions: Tensor, *given: Tensor) -> Tensor:
-        found: Tensor = self.decoder(
-            input_ids=ids, position_ids=positions, use_cache=False, sam_given=given
-        ).last_hidden_state
-        return found
-
-
-def _traced(model: Any) -> tuple[Any, list[tuple[int, int]]]:
-    """The layers of ``model`` as TorchScript, and (heads, dim) of each layer's keys and values in turn."""
-    shapes: list[tuple[int, int]] = []
-    layers = model.config.get_text_config().num_hidden_layers
-    number = torch.tensor(TRACED, dtype=torch.int32)
-    given = [number[None]] * len(PARTS) + [number] + [torch.zeros(1, 1, 1, 1)] * (2 * layers)
-    before, verbosity = model.config._attn_implementation, hf_logging.get_verbosity()
-    _SHAPES.append(shapes)
-    try:
-        model.config._attn_implementation = NAME
-        hf_logging.set_verbosity_error()  # tracing looks at attributes that warn
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            positions = torch.arange(TRACED)[None]
-            example = (torch.zeros_like(positions), positions, *given)
-            return torch.jit.trace(_Layers(model.base_model), example, check_trace=False), shapes
-    finally:
-        _SHAPES.pop()
-        hf_logging.set_verbosity(verbosity)
-        model.config._attn_implementation = before
-
-
-_SHAPES: list[list[tuple[int, int]]] = []  # of what is being traced
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    sam_given: Sequence[Tensor] = (),
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention function under ``NAME``, while a model is traced: query [1, heads, tokens, dim] -> [1, tokens,
-    heads, dim]."""
-    if not _SHAPES:
-        raise SamError(f"attention {NAME} works only inside sam.decoding")
-    parts, (keys, values) = sam_given[: len(PARTS) + 1], sam_given[len(PARTS) + 1 :][2 * module.layer_idx :][:2]
-    _SHAPES[-1].extend((int(x.shape[1]), int(x.shape[-1])) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sizes = tuple(map(int, (query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])))
-    found = torch.ops.sam.attend(query, key, value, keys, values, *parts, float(scale), sliding_window or 0, *sizes)
-    return cast(Tensor, found), None
-
-
-AttentionInterface.register(NAME, _attention)
-
-# What is traced for it; OpenVINO's own stands for it in the graph.
-_LIBRARY = torch.library.Library("sam", "FRAGMENT")
-_LIBRARY.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor past_lens, "
-    "Tensor subsequence_begins, Tensor block_indices, Tensor block_indices_begins, Tensor most, float scale, "
-    "int window, int heads, int key_heads, int dim, int value_dim) -> Tensor"
-)
-_LIBRARY.impl(
-    "attend",
-    lambda query, key, value, *_: query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]),
-    "CompositeExplicitAutograd",
-)
-
-
-def _converted(traced: Any) -> Any:
-    """OpenVINO's graph of TorchScript."""
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch import ConversionExtension
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    # Not ``openvino.convert_model``, which does the same and reports its use to its makers.
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    frontend.add_extension(ConversionExtension("sam::attend", _paged_attention))
-    source = TorchScriptPythonDecoder(traced)  # has to outlive what is done with it
-    return frontend.convert(frontend.load(source))
-
-
-def _paged_attention(context: Any) -> list[Any]:
-    """The nodes for one call of ``sam::attend``."""
-    from openvino import op, opset13
-
-    query, key, value, *rest = (context.get_input(number) for number in range(10))
-    scale, window, heads, key_heads, dim, value_dim = map(context.get_values_from_const_input, range(10, 16))
-
-    def constant(number: Any, dtype: Any) -> Any:
-        return opset13.constant(np.array(number, dtype=dtype)).output(0)
-
-    def flat(x: Any, width: int) -> Any:  # [1, heads, tokens, dim] -> [tokens, heads x dim]
-        turned = opset13.transpose(x, constant([0, 2, 1, 3], np.int64))
-        return opset13.reshape(turned, constant([-1, width], np.int64), False).output(0)
-
-    keys, values, *parts, most = rest
-    empty: list[int] = []
-    whole, real = np.int32, np.float32
-    # Alibi slopes; then scores, cache rotation, sparse attention, sinks, eviction, speculative trees: none of them.
-    unused = [
-        *[constant(empty, whole)] * 3,
-        *[constant(empty, real)] * 2,
-        *[constant(0, whole)] * 2,
-        constant(np.zeros([0] * 4), real),
-        constant(0, whole),
-        *[constant(empty, whole)] * 4,
-        constant(empty, np.uint8),
-        constant(empty, whole),
-    ]
-    found = op._PagedAttentionExtension(
-        [
-            *(flat(query, heads * dim), flat(key, key_heads * dim), flat(value, key_heads * value_dim)),
-            *(keys, values, *parts),
-            *(constant(scale, real), constant(window, whole), constant(empty, real), most),
-            *unused,
-        ]
-    )
-    sizes = {"num_k_heads": key_heads, "num_v_heads": key_heads, "k_head_size": dim, "v_head_size": value_dim}
-    for name, size in sizes.items():
-        found.get_rt_info()[name] = size
-    return [opset13.reshape(found.output(0), constant([1, -1, heads, value_dim], np.int64), False).output(0)]

@@ -39,7 +39,7 @@ BLOCKS = {frozenset({*names, last}): names for names, last in zip(SIBLINGS, ("o_
 """The linear layers of transformers' attention and feed-forward blocks, and those of them whose results stay inside."""
 
 HALF, INT8 = "bfloat16 products, logits bounded", "int8 products, logits bounded, balanced"
-GROUPS = "int8 by groups of 64, balanced"
+GROUPS = "int8 by groups of at most 128, balanced"
 """What ``fast`` makes of fp32 ones, the last by OpenVINO, as an answer's key has it: to be renamed when it changes."""
 RANGE = 128  # neighbouring logits of which the largest is looked at first
 ALIGNED = 8

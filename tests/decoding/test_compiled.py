@@ -25,8 +25,8 @@ from transformers import (
 from sam import prompts
 from sam.base import Base, cores, has_amx, has_vnni, multiplies_bf16
 from sam.decoding import DecodeSpec, compiled, packed
+from sam.decoding.compiled import GROUP, Blocks, CompiledWeights, caches, compiles, group, weights_of
 from sam.decoding.compiled import TYPES as COMPILED
-from sam.decoding.compiled import Blocks, CompiledWeights, caches, compiles, weights_of
 from sam.decoding.drafts import Drafter
 from sam.decoding.greedy import decode, stream
 from sam.decoding.int8 import divisors, quantized
@@ -246,19 +246,28 @@ def test_fast_is_near_to_exact(smollm: Base, monkeypatch: pytest.MonkeyPatch, ki
     assert sum(a == b for a, b in starts) >= 7
 
 
+def test_groups_divide_all_layers_where_they_can() -> None:
+    assert group([576, 1536]) == 96 and group([640, 1024, 2048]) == 128 and group([4096]) == 128
+    assert group([64, 96, 128]) == 32 and group([16, 48]) == 16
+    assert group([576, 100]) == group([8]) == GROUP
+
+
 def test_fast_is_compiled_where_it_says_so(smollm: Base) -> None:
     said = "OpenVINO" in products("fast", "float32", "cpu")
     assert isinstance(weights_of(smollm, "fast", constrained=False), CompiledWeights) == said
 
 
 @pytest.mark.skipif(not has_vnni() or has_amx(), reason="no processor that OpenVINO multiplies int8 on")
+@pytest.mark.parametrize("unit, size", [(16, 32), (48, 48)])
 @pytest.mark.parametrize("family", COMPILED)
-def test_in_int8_weights_and_groups_of_inputs_are_rounded(
-    tiny: Base, monkeypatch: pytest.MonkeyPatch, family: str
+def test_in_int8_groups_of_weights_and_inputs_are_rounded(
+    tiny: Base, monkeypatch: pytest.MonkeyPatch, family: str, unit: int, size: int
 ) -> None:
-    """As torch says with its layers rounded so; a merge too, and inputs divided, with the weights multiplied."""
+    """As torch says with its layers rounded so; a merge too, and inputs divided, with the weights multiplied. Layers
+    have 64, 96 and 128 inputs: where a group does not divide them, an output's weights have one step."""
     monkeypatch.setattr(CompiledWeights, "KIND", "int8")
-    monkeypatch.setattr(compiled, "GROUP", 48)  # of 64, 96 and 128
+    monkeypatch.setattr(compiled, "UNIT", unit)
+    monkeypatch.setattr(compiled, "GROUP", max(unit, 32))
     model = models(len(tiny.tokenizer))[family]
     ids, given = torch.tensor([IDS]), deltas(model)
     divide = divisors(model, IDS)
@@ -266,16 +275,20 @@ def test_in_int8_weights_and_groups_of_inputs_are_rounded(
 
     def rounding(divisor: Tensor) -> Any:
         def hook(_: nn.Module, given: tuple[Tensor]) -> Tensor:
-            return torch.cat([quantized(part) for part in (given[0] / divisor).split(compiled.GROUP, -1)], -1)
+            return torch.cat([quantized(part) for part in (given[0] / divisor).split(size, -1)], -1)
 
         return hook
+
+    def by_steps(weight: Tensor) -> Tensor:
+        each = weight.shape[1] if weight.shape[1] % size else size
+        return quantized(weight.unflatten(1, (-1, each))).flatten(1)
 
     with merged(model, given), torch.no_grad():
         exact = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         other, names = copy.deepcopy(model), {module: name for name, module in model.named_modules()}
         for layer, divisor in divide.items():
             same = other.get_submodule(names[layer])
-            same.weight.copy_(quantized(layer.weight * divisor))
+            same.weight.copy_(by_steps(layer.weight * divisor))
             same.register_forward_pre_hook(rounding(divisor))
         expected = other.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     with CompiledWeights(model, "fast", all_logits=False, sample=IDS) as weights:

@@ -220,4 +220,4 @@ def test_what_int8_looks_at_is_in_its_name() -> None:
     """The names are in the key of answers: if this fails, rename both, and then change the digest here."""
     digest = hashlib.sha256(prompts.SAMPLE.encode()).hexdigest()[:16]
     assert (packed.INT8, digest) == ("int8 products, logits bounded, balanced", "e2190d8d9d88931c")
-    assert (packed.GROUPS, compiled.GROUP) == ("int8 by groups of 64, balanced", 64)
+    assert (packed.GROUPS, compiled.GROUP, compiled.UNIT) == ("int8 by groups of at most 128, balanced", 128, 16)
