@@ -23,6 +23,8 @@ steps.)"""
 EVEN = 0.01
 """The share of the mean that is added to how large an input, or its weights, are: none of them counts for nothing."""
 TINY = 1e-30  # in place of 0, where something is divided by it
+PART = 1024
+"""Outputs whose weights are rounded at a time: what lies between is in a cache then, and needs no memory of its own."""
 
 
 @cache
@@ -53,11 +55,13 @@ def packed_int8(
     """
     width, count = weight.shape
     factor = 1.0 if divisor is None else 1 / divisor
-    if divisor is not None:
-        weight = weight * divisor
-    scale = paired_steps(weight)
-    laid = torch.ops.onednn.qlinear_prepack((weight / scale).round_().to(torch.int8), [256, count])
-    scale = scale[:, 0].contiguous()
+    whole, scale = torch.empty(width, count, dtype=torch.int8), torch.empty(width)
+    for given, values, step in zip(weight.detach().split(PART), whole.split(PART), scale.split(PART), strict=True):
+        part = given if divisor is None else given * divisor
+        found = paired_steps(part)
+        values.copy_((part / found).round_())
+        step.copy_(found[:, 0])
+    laid = torch.ops.onednn.qlinear_prepack(whole, [256, count])
     zeros = torch.zeros(width, dtype=torch.int32)
 
     def forward(x: Tensor) -> Tensor:

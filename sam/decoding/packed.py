@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from sam import prompts
 from sam.base import SIBLINGS, Base, cores, has_amx, has_vnni, multiplies_bf16
-from sam.decoding import int8
-from sam.decoding.int8 import divisors, packed_int8, packs_int8
+from sam.decoding.int8 import PART, divisors, packed_int8, packs_int8, quantized
 from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
@@ -196,10 +195,10 @@ class PackedWeights(MergedWeights):
 
     def _short_head(self, weight: Tensor) -> Linear:
         if self._int8:
-            rough, stored = packed_int8(weight, None, torch.float32), int8.quantized(weight, weights=True)
-            return _largest(weight, rough, stored, int8.quantized, min(1, ALIGNED / math.sqrt(weight.shape[1])))
-        half = weight.to(torch.bfloat16)
-        return _largest(weight, _packed(half, None, torch.float32), half.float(), lambda x: x.bfloat16().float(), 1)
+            rough, errors = packed_int8(weight, None, torch.float32), _errors(weight, partial(quantized, weights=True))
+            return _largest(weight, rough, errors, quantized, min(1, ALIGNED / math.sqrt(weight.shape[1])))
+        rough = _packed(weight.to(torch.bfloat16), None, torch.float32)
+        return _largest(weight, rough, _errors(weight, _halved), _halved, 1)
 
     def _restore(self) -> None:
         for module in self._packed:
@@ -294,16 +293,25 @@ def _forwards(
     return [partial(together.part, number) for number in range(len(weights))]
 
 
+def _halved(rows: Tensor) -> Tensor:
+    """Tokens, or the weights of outputs, rounded to bf16."""
+    return rows.bfloat16().float()
+
+
+def _errors(weight: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """How long what ``rounded`` leaves out of each output's weights is: [outputs]."""
+    return torch.cat([(part - rounded(part)).norm(dim=-1) for part in weight.split(PART)])
+
+
 def _largest(
-    weight: Tensor, rough: Linear, stored: Tensor, rounded: Callable[[Tensor], Tensor], parallel: float
+    weight: Tensor, rough: Linear, errors: Tensor, rounded: Callable[[Tensor], Tensor], parallel: float
 ) -> Linear:
     """``x -> x Wᵀ``, as ``rough`` multiplies; the results that may be the largest of their row again, in fp32.
 
-    ``rough`` multiplies what ``rounded`` makes of ``x`` with ``stored``. ``parallel``: the largest cosine between what
-    that leaves out and what it is multiplied with.
+    ``rough`` multiplies what ``rounded`` makes of ``x`` with weights that are off by ``errors``. ``parallel``: the
+    largest cosine between what that leaves out and what it is multiplied with.
     """
-    lengths, errors = weight.norm(dim=-1), (weight - stored).norm(dim=-1)
-    lengths, errors = (parallel * x.view(-1, RANGE) for x in (lengths, errors))
+    lengths, errors = (parallel * x.view(-1, RANGE) for x in (weight.norm(dim=-1), errors))
     longest, worst = lengths.amax(-1), errors.amax(-1)
 
     def forward(x: Tensor) -> Tensor:

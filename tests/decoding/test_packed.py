@@ -197,7 +197,7 @@ def test_the_largest_are_found_whatever_is_rough(rough: str) -> None:
         return found + found * wrong if rough == "sums" else found
 
     expected = (x @ weight.T).argmax(-1)
-    found = packed._largest(weight, product, stored, rounded, 1)(x)
+    found = packed._largest(weight, product, (weight - stored).norm(dim=-1), rounded, 1)(x)
     assert torch.equal(found.argmax(-1), expected)
     assert (product(x).argmax(-1) != expected).sum() > 20
 
