@@ -4,7 +4,7 @@ There torch spends much of a pass (with AMX most of it) between the products, wh
 attention (Kwon et al. 2023, arXiv 2309.06180): keys and values lie in blocks, and a pass is a list of sequences, each
 with a past. Embeddings, layers and the last norm are compiled; the output layer stays torch's.
 
-With AMX all is in bf16. With VNNI alone weights are in int8, and so are the inputs of linear layers as they are
+With AMX all is in bf16. With VNNI alone the weights of linear layers are in int8, and so are their inputs as they are
 multiplied, a step for each group of neighbours (see :func:`group`), once inputs are evened out with their weights as in
 :mod:`sam.decoding.int8`; the rest is in fp32.
 
@@ -65,9 +65,12 @@ def compiles(config: Any) -> bool:
 
 
 def group(inputs: Iterable[int]) -> int:
-    """How many neighbours have a step of their own in int8 where layers have so many ``inputs``: as many as divide all
-    of these. Where nothing does ``GROUP``; then a layer that it does not divide has fewer inputs in its last group, but
-    one step for each output's weights, and one that has fewer inputs is multiplied in fp32."""
+    """How many neighbours share a step in int8 where layers have so many ``inputs``: the most, in multiples of ``UNIT``
+    and up to ``GROUP``, that divide all of these.
+
+    If none do, it is ``GROUP``. Of a layer that it does not divide, the last group of inputs is smaller and an output's
+    weights share one step; a layer with fewer inputs is multiplied in fp32.
+    """
     common = math.gcd(*inputs)
     return max((size for size in range(UNIT, GROUP + 1, UNIT) if common % size == 0), default=GROUP)
 
@@ -186,8 +189,8 @@ class Graph:
                 f"OpenVINO compiles no {type(module).__name__} of its own weight where the expert has one; use "
                 "decode=exact, or uninstall openvino"
             )
-        self._merged[module] = self._node(module, weight.float())
-        self._nodes[module].output(0).replace(self._merged[module].output(0))
+        before, self._merged[module] = self._merged.get(module, self._nodes[module]), self._node(module, weight.float())
+        before.output(0).replace(self._merged[module].output(0))
 
     def reset(self) -> None:
         """Give all modules the model's own weights back."""
@@ -196,11 +199,14 @@ class Graph:
         self._merged.clear()
 
     def compile(self, threads: int) -> Compiled:
-        """The model with the weights as they are set, whose memory it may keep."""
+        """The model with the weights as they are set, whose memory it may keep; in int8 its own are set where none are,
+        and rounded each time, as most merges leave none of them."""
         from openvino import Core
 
-        for module in self._nodes.keys() - self._merged.keys() if self._int8 else ():
-            self.set(module, cast(Tensor, module.weight))
+        if self._int8:
+            for module in self._nodes:
+                if module not in self._merged and isinstance(module, nn.Linear):
+                    self.set(module, module.weight)
         amx = has_amx()
         # Not pinned, as another process may be at work; logical processors count as torch counts them.
         settings = {
@@ -286,7 +292,7 @@ def _sequences(now: Pass, spare: int) -> tuple[list[int], list[int], list[int], 
 class CompiledWeights(PackedWeights):
     """As :class:`PackedWeights`, with the layers compiled while a merge is applied: nothing but decoding works then.
 
-    All merged weights are held until they are compiled, in fp32 or int8.
+    All merged weights are held until they are compiled, in fp32, or in int8 with all others.
     """
 
     KIND: str | None = None  # as Graph has it; None: what this processor does

@@ -23,8 +23,8 @@ steps.)"""
 EVEN = 0.01
 """The share of the mean that is added to how large an input, or its weights, are: none of them counts for nothing."""
 TINY = 1e-30  # in place of 0, where something is divided by it
-PART = 1024
-"""Outputs whose weights are rounded at a time: what lies between is in a cache then, and needs no memory of its own."""
+AT_ONCE = 1024
+"""Outputs whose weights are rounded at once: of all of an output layer's what lies between is as large as itself."""
 
 
 @cache
@@ -55,12 +55,12 @@ def packed_int8(
     """
     width, count = weight.shape
     factor = 1.0 if divisor is None else 1 / divisor
-    whole, scale = torch.empty(width, count, dtype=torch.int8), torch.empty(width)
-    for given, values, step in zip(weight.detach().split(PART), whole.split(PART), scale.split(PART), strict=True):
-        part = given if divisor is None else given * divisor
-        found = paired_steps(part)
-        values.copy_((part / found).round_())
-        step.copy_(found[:, 0])
+    whole, scale = torch.empty(width, count, dtype=torch.int8), torch.empty(width, dtype=torch.float32)
+    for start in range(0, width, AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        part = weight[some].detach() if divisor is None else weight[some].detach() * divisor
+        step = paired_steps(part)
+        whole[some], scale[some] = (part / step).round_(), step[:, 0]
     laid = torch.ops.onednn.qlinear_prepack(whole, [256, count])
     zeros = torch.zeros(width, dtype=torch.int32)
 
@@ -80,7 +80,8 @@ def packed_int8(
 
 
 def steps(rows: Tensor) -> Tensor:
-    """The step of each row's values, of tokens or of weights that no neighbours are added to: [rows, 1]."""
+    """The step of the values of each row [..., values], of tokens or of weights that no neighbours are added to:
+    [..., 1]."""
     return rows.abs().amax(-1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
 
 

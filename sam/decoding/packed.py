@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sam import prompts
 from sam.base import SIBLINGS, Base, cores, has_amx, has_vnni, multiplies_bf16
-from sam.decoding.int8 import PART, divisors, packed_int8, packs_int8, quantized
+from sam.decoding.int8 import AT_ONCE, divisors, packed_int8, packs_int8, quantized
 from sam.merging import MergedWeights
 
 Linear = Callable[[Tensor], Tensor]
@@ -300,7 +300,7 @@ def _halved(rows: Tensor) -> Tensor:
 
 def _errors(weight: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     """How long what ``rounded`` leaves out of each output's weights is: [outputs]."""
-    return torch.cat([(part - rounded(part)).norm(dim=-1) for part in weight.split(PART)])
+    return torch.cat([(part - rounded(part)).norm(dim=-1) for part in weight.split(AT_ONCE)])
 
 
 def _largest(

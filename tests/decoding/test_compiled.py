@@ -258,16 +258,17 @@ def test_fast_is_compiled_where_it_says_so(smollm: Base) -> None:
 
 
 @pytest.mark.skipif(not has_vnni() or has_amx(), reason="no processor that OpenVINO multiplies int8 on")
-@pytest.mark.parametrize("unit, size", [(16, 32), (48, 48)])
+@pytest.mark.parametrize("size", [32, 48, 80])
 @pytest.mark.parametrize("family", COMPILED)
 def test_in_int8_groups_of_weights_and_inputs_are_rounded(
-    tiny: Base, monkeypatch: pytest.MonkeyPatch, family: str, unit: int, size: int
+    tiny: Base, monkeypatch: pytest.MonkeyPatch, family: str, size: int
 ) -> None:
     """As torch says with its layers rounded so; a merge too, and inputs divided, with the weights multiplied. Layers
-    have 64, 96 and 128 inputs: where a group does not divide them, an output's weights have one step."""
+    have 64, 96 or 128 inputs: where a group does not divide them an output's weights have one step, and those that have
+    fewer inputs are not rounded. The base alone is the same after a merge as before any."""
     monkeypatch.setattr(CompiledWeights, "KIND", "int8")
-    monkeypatch.setattr(compiled, "UNIT", unit)
-    monkeypatch.setattr(compiled, "GROUP", max(unit, 32))
+    monkeypatch.setattr(compiled, "UNIT", size)
+    monkeypatch.setattr(compiled, "GROUP", size)
     model = models(len(tiny.tokenizer))[family]
     ids, given = torch.tensor([IDS]), deltas(model)
     divide = divisors(model, IDS)
@@ -275,13 +276,23 @@ def test_in_int8_groups_of_weights_and_inputs_are_rounded(
 
     def rounding(divisor: Tensor) -> Any:
         def hook(_: nn.Module, given: tuple[Tensor]) -> Tensor:
-            return torch.cat([quantized(part) for part in (given[0] / divisor).split(size, -1)], -1)
+            inputs = given[0] / divisor
+            whole = inputs.shape[-1] < size
+            return inputs if whole else torch.cat([quantized(part) for part in inputs.split(size, -1)], -1)
 
         return hook
 
     def by_steps(weight: Tensor) -> Tensor:
         each = weight.shape[1] if weight.shape[1] % size else size
         return quantized(weight.unflatten(1, (-1, each))).flatten(1)
+
+    def states(weights: CompiledWeights, given: list[tuple[str, Tensor]]) -> Tensor:
+        weights.undo()
+        weights.apply(given)
+        now = Pass(caches(model)(1, 40), [Row(len(IDS), 0)], 2, "cpu")
+        padded = nn.functional.pad(ids, (0, now.spare))
+        found = model.base_model(input_ids=padded, position_ids=now.positions, sam_pass=now)
+        return found.last_hidden_state[0, : len(IDS)]
 
     with merged(model, given), torch.no_grad():
         exact = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -292,9 +303,8 @@ def test_in_int8_groups_of_weights_and_inputs_are_rounded(
             same.register_forward_pre_hook(rounding(divisor))
         expected = other.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     with CompiledWeights(model, "fast", all_logits=False, sample=IDS) as weights:
-        weights.apply(given)
-        now = Pass(caches(model)(1, 40), [Row(len(IDS), 0)], 2, "cpu")
-        padded = nn.functional.pad(ids, (0, now.spare))
-        found = model.base_model(input_ids=padded, position_ids=now.positions, sam_pass=now)
-    error = (found.last_hidden_state[0, : len(IDS)] - expected).abs().mean()
-    assert error < 0.1 * (exact - expected).abs().mean()
+        alone = states(weights, [])
+        found = states(weights, given)
+        # What sums another way round may fall to the other side of a step, here and there.
+        assert (found - expected).abs().mean() < 0.4 * (exact - expected).abs().mean()
+        assert torch.equal(states(weights, []), alone) and not torch.equal(alone, found)

@@ -36,8 +36,11 @@ def rounded(values: Tensor, steps: Tensor) -> Tensor:
 @in_int8
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inputs", [1536, 97])
-def test_weights_are_rounded_by_their_neighbours_and_tokens_to_eight_bits(bias: bool, inputs: int) -> None:
+def test_weights_are_rounded_by_their_neighbours_and_tokens_to_eight_bits(
+    bias: bool, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the ends of the range too, where a processor without VNNI would cut sums off; of rows of zeros zeros."""
+    monkeypatch.setattr(int8, "AT_ONCE", 20)  # of 48
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(48, inputs, generator=generator), torch.randn(2, 5, inputs, generator=generator)
     weight[0], weight[1], weight[2], x[0, 0], x[0, 1], x[0, 2] = 3.1, -3.1, 0.0, 5.0, -5.0, 0.0

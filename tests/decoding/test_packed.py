@@ -178,7 +178,8 @@ def test_the_largest_logits_are_those_of_fp32(fast: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("rough", ["inputs", "weights", "sums"])
-def test_the_largest_are_found_whatever_is_rough(rough: str) -> None:
+def test_the_largest_are_found_whatever_is_rough(rough: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "AT_ONCE", 100)
     draw = torch.Generator().manual_seed(0)
     kinds, x = torch.randn(64, 48, generator=draw), torch.randn(200, 48, generator=draw)
     weight = kinds.repeat(8, 1) + 1e-3 * torch.randn(512, 48, generator=draw)
@@ -197,7 +198,8 @@ def test_the_largest_are_found_whatever_is_rough(rough: str) -> None:
         return found + found * wrong if rough == "sums" else found
 
     expected = (x @ weight.T).argmax(-1)
-    found = packed._largest(weight, product, (weight - stored).norm(dim=-1), rounded, 1)(x)
+    errors = packed._errors(weight, few_bits if rough == "weights" else same)
+    found = packed._largest(weight, product, errors, rounded, 1)(x)
     assert torch.equal(found.argmax(-1), expected)
     assert (product(x).argmax(-1) != expected).sum() > 20
 
