@@ -270,7 +270,8 @@ def test_in_int8_groups_of_weights_and_inputs_are_rounded(
     monkeypatch.setattr(compiled, "UNIT", size)
     monkeypatch.setattr(compiled, "GROUP", size)
     model = models(len(tiny.tokenizer))[family]
-    ids, given = torch.tensor([IDS]), deltas(model)
+    text = IDS[2:]  # with all of them an input or two lie in the middle of a step, and may fall to either side
+    ids, given = torch.tensor([text]), deltas(model)
     divide = divisors(model, IDS)
     assert len(divide) > 10 and any((divisor != 1).any() for divisor in divide.values())
 
@@ -289,10 +290,10 @@ def test_in_int8_groups_of_weights_and_inputs_are_rounded(
     def states(weights: CompiledWeights, given: list[tuple[str, Tensor]]) -> Tensor:
         weights.undo()
         weights.apply(given)
-        now = Pass(caches(model)(1, 40), [Row(len(IDS), 0)], 2, "cpu")
+        now = Pass(caches(model)(1, 40), [Row(len(text), 0)], 2, "cpu")
         padded = nn.functional.pad(ids, (0, now.spare))
         found = model.base_model(input_ids=padded, position_ids=now.positions, sam_pass=now)
-        return found.last_hidden_state[0, : len(IDS)]
+        return found.last_hidden_state[0, : len(text)]
 
     with merged(model, given), torch.no_grad():
         exact = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -305,6 +306,5 @@ def test_in_int8_groups_of_weights_and_inputs_are_rounded(
     with CompiledWeights(model, "fast", all_logits=False, sample=IDS) as weights:
         alone = states(weights, [])
         found = states(weights, given)
-        # What sums another way round may fall to the other side of a step, here and there.
-        assert (found - expected).abs().mean() < 0.4 * (exact - expected).abs().mean()
+        assert (found - expected).abs().mean() < 0.1 * (exact - expected).abs().mean()
         assert torch.equal(states(weights, []), alone) and not torch.equal(alone, found)
