@@ -23,11 +23,16 @@ class Mention:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text with its gold mentions, in order of start; ``mentions`` is None where there is no gold."""
+    """A text with its gold mentions, in order of start; ``mentions`` is None where there is no gold.
+
+    ``types``: the entity types that it is annotated with, where they differ from sentence to sentence; None where they
+    are those of its dataset or target.
+    """
 
     id: str
     text: str
     mentions: tuple[Mention, ...] | None = None
+    types: tuple[str, ...] | None = None
 
     def surface(self, mention: Mention) -> str:
         """The text that ``mention`` covers."""

@@ -57,6 +57,8 @@ class Checksum:
 class DatasetSpec:
     """One corpus: where its files lie, how they are read, what its labels mean.
 
+    ``role``: source (experts are trained on it), target, or open (its sentences have types of their own, which are the
+    labels). ``url`` is "embedded" where the files are in this package, in a folder called as ``mirror``.
     ``mark``: a token, cut off from what it belongs to and a mention of its own: joined with the mention after it.
     """
 
@@ -73,6 +75,11 @@ class DatasetSpec:
     drop: Drop
     files: Mapping[str, Checksum]
     mark: str | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the files are part of this package."""
+        return self.url == "embedded"
 
     @property
     def types(self) -> list[str]:

@@ -26,8 +26,9 @@ ATTEMPTS = 3
 def fetch(dataset: DatasetSpec, path: str) -> Path:
     """A verified local copy of ``path``, an upstream path of ``dataset``.
 
-    With ``$SAM_MIRROR`` set it is ``$SAM_MIRROR/<mirror>/<path>`` and nothing is downloaded; else it is
-    downloaded into ``cache_dir()/corpora/<id>/<path>`` unless it is there.
+    An embedded dataset is read from this package. With ``$SAM_MIRROR`` set the file is
+    ``$SAM_MIRROR/<mirror>/<path>`` and nothing is downloaded; else it is downloaded into
+    ``cache_dir()/corpora/<id>/<path>`` unless it is there.
     Raises SamError where the file is missing, cannot be had, or has another sha256 than the config pins.
     """
     return _fetch(dataset, path, progress=True)
@@ -35,7 +36,8 @@ def fetch(dataset: DatasetSpec, path: str) -> Path:
 
 def fetch_all(dataset: DatasetSpec, paths: Sequence[str]) -> dict[str, Path]:
     """``fetch`` for each path, in order; missing files are downloaded a few at a time, with a progress bar."""
-    missing = [] if os.environ.get(MIRROR) else [p for p in paths if not (_folder(dataset) / p).is_file()]
+    local = dataset.embedded or os.environ.get(MIRROR)
+    missing = [] if local else [p for p in paths if not (_folder(dataset) / p).is_file()]
     if len(missing) > 1:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             jobs = [pool.submit(_fetch, dataset, path, progress=False) for path in missing]
@@ -50,7 +52,7 @@ def fetch_all(dataset: DatasetSpec, paths: Sequence[str]) -> dict[str, Path]:
 def _fetch(dataset: DatasetSpec, path: str, progress: bool) -> Path:
     if path not in dataset.files:
         raise SamError(f"{dataset.id}: no file '{path}' under files: in conf/dataset/{dataset.id}.yaml")
-    mirror = os.environ.get(MIRROR)
+    mirror = str(Path(__file__).parent) if dataset.embedded else os.environ.get(MIRROR)
     return _from_mirror(dataset, path, Path(mirror).expanduser()) if mirror else _download(dataset, path, progress)
 
 

@@ -59,8 +59,8 @@ def load_report(dataset_id: str, split: str) -> Loaded:
         if reason:
             counts[reason] += 1
         else:
-            mentions = _named(dataset, draft.mentions)
-            sentences.append(Sentence(f"{dataset_id}/{split}/{index}", draft.text, mentions))
+            mentions = draft.mentions if dataset.role == "open" else _named(dataset, draft.mentions)
+            sentences.append(Sentence(f"{dataset_id}/{split}/{index}", draft.text, mentions, draft.types))
     # A mention or pair that could not be placed was read none the less.
     lost = counts["blank_mention_dropped"] + counts["pairs_without_occurrence"]
     counts = +counts

@@ -1,16 +1,18 @@
 """Training data of an expert: sentences of a domain's datasets, cut into batches and rendered.
 
 A batch is of one dataset and asks for the same types in all its sentences, so that the prompt's shared part is computed
-once. Everything random is drawn by seed, epoch and the names of datasets and sentences, so that the batches of a run
-are a function of its recipe alone and a resumed run meets the same ones.
+once; in a batch of open-type sentences each is asked for its own types. Everything random is drawn by seed, epoch and
+the names of datasets and sentences, so that the batches of a run are a function of its recipe alone and a resumed run
+meets the same ones.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 DATA_VERSION = 4
 """Raise it with every change to which sentences are drawn for a recipe, or to how they are shown."""
 
+OPEN = "open_types"
+"""The dataset whose sentences each have entity types of their own."""
+
 SCIENTIFIC = ("biomedical", "stem")
 """Domains of scientific text; all others are everyday text."""
 
@@ -42,12 +47,15 @@ class Recipe:
     ``max_empty`` the largest share of sentences without a mention, ``detokenise`` the chance that a sentence is shown
     with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``answer`` the form of answers (see
     :func:`sam.prompts.answer`), ``max_length`` the most tokens of a sentence and its answer (beside those of the
-    prompt's types).
+    prompt's types). ``open_sentences`` of the dataset :data:`OPEN` are mixed in (0: none), in batches of
+    ``open_batch_size``; label drop, negatives and detokenising do not apply to them.
     """
 
     sentences: int = 5000
+    open_sentences: int = 0
     epochs: int = 1
     batch_size: int = 4
+    open_batch_size: int = 1
     lr: float = 2e-3
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -63,19 +71,20 @@ class Recipe:
     answer: str = "by_mention"
     max_length: int = 320
     heldout: int = 100
+    heldout_open: int = 400
     seed: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Recipe:
         """From the plain mapping of ``conf/train``; refuses unknown keys, values of another type or out of range."""
         recipe = options(cls, config, "train")
-        for name in ("sentences", "epochs", "batch_size", "r", "alpha", "max_types", "max_length"):
+        for name in ("sentences", "epochs", "batch_size", "open_batch_size", "r", "alpha", "max_types", "max_length"):
             if getattr(recipe, name) < 1:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must be at least 1")
         for name in ("lr", "alpha"):
             if not getattr(recipe, name) > 0:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must be above 0")
-        for name in ("weight_decay", "clip", "heldout", "negatives"):
+        for name in ("weight_decay", "clip", "heldout", "heldout_open", "negatives", "open_sentences"):
             if not getattr(recipe, name) >= 0:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must be at least 0")
         for name in ("warmup", "label_drop", "max_empty"):
@@ -114,6 +123,17 @@ class Renderer:
         shown = [detokenised(s) if draw.random() < self.recipe.detokenise else s for s in sentences]
         prefix = self._ids(prompts.prefix(asked), special=True)
         return Batch(tuple(prefix), tuple(self.example(s, asked) for s in shown))
+
+    def open_batch(self, sentences: Sequence[Sentence], epoch: int) -> Batch:
+        """Sentences that are each asked for their own types, shuffled by (seed, id, epoch): no part is shared."""
+        examples = []
+        for sentence in sentences:
+            types = sentence.types or ()
+            asked = rng(self.recipe.seed, sentence.id, epoch).sample(types, len(types))
+            example = self.example(sentence, asked)
+            prefix = self._ids(prompts.prefix(asked), special=True)
+            examples.append(Example((*prefix, *example.ids), example.answer))
+        return Batch((), tuple(examples))
 
     def example(self, sentence: Sentence, asked: Sequence[str]) -> Example:
         """The sentence and its answer to the types ``asked``."""
@@ -170,6 +190,21 @@ def _pick(sentences: Sequence[Sentence], share: int, recipe: Recipe, fits: Any) 
     return [s for s in picked if s.id not in surplus]
 
 
+def draw_open(recipe: Recipe, fits: Callable[[Sentence], bool]) -> list[Sentence]:
+    """``recipe.open_sentences`` of the open-type sentences; with one seed, fewer are among more.
+
+    Raises SamError if there are not so many that ``fits``.
+    """
+    if not recipe.open_sentences:
+        return []
+    sentences = corpora.load(OPEN, "train")
+    order = rng(recipe.seed, "open").sample(sentences, len(sentences))
+    drawn = list(islice(filter(fits, order), recipe.open_sentences))
+    if len(drawn) < recipe.open_sentences:
+        raise SamError(f"train.open_sentences={recipe.open_sentences}: {OPEN} has {len(drawn)} that fit; ask for fewer")
+    return drawn
+
+
 @cache
 def foreign_types(dataset: str) -> list[str]:
     """Types that the sentences of ``dataset`` do not hold: those of scientific sources for a dataset of everyday text,
@@ -205,6 +240,8 @@ class ExpertDataModule(L.LightningDataModule):
         self.domains = [list(d) for d in domains]
         self.recipe, self.renderer = recipe, Renderer(tokenizer, stop_id, recipe)
         self.sentences: list[Sentence] = []
+        """Of the domains: those of the open types are in ``opened``."""
+        self.opened: list[Sentence] = []
         self.types: list[str] = []
         self.plan: list[Batch] = []
         self.most_packed = MOST
@@ -225,8 +262,10 @@ class ExpertDataModule(L.LightningDataModule):
             names = ", ".join(d for datasets in self.domains for d in datasets)
             raise SamError(f"train.max_length={self.recipe.max_length} leaves no sentence of {names}; raise it")
         self.types = sorted({t for _, sentences, types in drawn if sentences for t in types})
+        self.opened = draw_open(self.recipe, lambda s: self._fits(s, s.types or (), OPEN))
         for epoch in range(self.recipe.epochs):
             batches = [b for part in drawn for b in self._batches(*part, epoch)]
+            batches += self._open_batches(epoch)
             rng(self.recipe.seed, "batches", epoch).shuffle(batches)
             self.plan += batches
 
@@ -234,6 +273,11 @@ class ExpertDataModule(L.LightningDataModule):
         size, foreign = self.recipe.batch_size, self._foreign(dataset)
         order = rng(self.recipe.seed, "order", dataset, epoch).sample(sentences, len(sentences))
         return [self.renderer(order[i : i + size], types, epoch, foreign) for i in range(0, len(order), size)]
+
+    def _open_batches(self, epoch: int) -> list[Batch]:
+        size = self.recipe.open_batch_size
+        order = rng(self.recipe.seed, "order", OPEN, epoch).sample(self.opened, len(self.opened))
+        return [self.renderer.open_batch(order[i : i + size], epoch) for i in range(0, len(order), size)]
 
     def _foreign(self, dataset: str) -> list[str]:
         return foreign_types(dataset) if self.recipe.negatives else []

@@ -21,7 +21,9 @@ def write_readme(folder: Path, card: Card) -> None:
         "unified": "The unified baseline",
         "start": "The common start, which is folded into the base model before experts are trained,",
     }[card.role]
-    stated = ", ".join(f"`{k}={v}`" for k, v in recipe.items() if k not in ("hash", "heldout", "precision"))
+    stated = ", ".join(
+        f"`{k}={v}`" for k, v in recipe.items() if k not in ("hash", "heldout", "heldout_open", "precision")
+    )
     text = f"""---
 base_model: {card.base}
 library_name: peft
@@ -43,7 +45,7 @@ types of their dataset; `expert.json` has span F1 and more.{_mean(card)}
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
-Entity types: {", ".join(card.types)}.
+{_open(card)}Entity types: {", ".join(card.types)}.
 
 Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the answer
 is a JSON object {_form(card)}. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
@@ -63,6 +65,19 @@ def _curve(points: Sequence[Sequence[float]]) -> str:
     steps, losses = ([format(point[i], form) for point in shown] for i, form in ((0, "d"), (1, ".2f")))
     rule = "| --- |" + " ---: |" * len(shown)
     return f"\n| step | {' | '.join(steps)} |\n{rule}\n| loss | {' | '.join(losses)} |\n"
+
+
+def _open(card: Card) -> str:
+    """What the card has of the held-out open types."""
+    found = card.scores.get("open") or {}
+    if not found:
+        return ""
+    rows = [
+        f"| open_types/{split} | {s['n']} | " + " | ".join(f"{100 * s[m]:.1f}" for m in ("precision", "recall", "f1"))
+        for split, s in found.items()
+    ]
+    head = "| held-out open types | n | P | R | F1 |\n| --- | ---: | ---: | ---: | ---: |\n"
+    return head + "\n".join(f"{row} |" for row in rows) + "\n\n"
 
 
 def _mean(card: Card) -> str:

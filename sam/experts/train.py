@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,22 @@ from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, HELDOUT_CHARACTERS, WEIGHTS_FILE, Card
-from sam.experts.data import DATA_VERSION, ExpertDataModule, Recipe
+from sam.experts.data import DATA_VERSION, OPEN, ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
 from sam.experts.packing import most_packed
 from sam.ner import Sentence, entity_types
 from sam.results import versions
+from sam.scoring import Scores, score
 from sam.seeding import rng
 
 log = logging.getLogger(__name__)
 
 KEPT = ("n", "precision", "recall", "f1", "span_f1", "unparsable", "truncated", "not_in_sentence")
 """The scores that a card holds of each dataset."""
+
+MEASURES = ("heldout", "heldout_open")
+"""The parts of a recipe that do not change what is learnt."""
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Lightning's precisions that leave the base model's weights as they are (``bf16-true`` would cast them in place)."""
@@ -46,10 +51,13 @@ TRAINER = ("accelerator", "devices", "precision", "enable_progress_bar")
 
 
 def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str) -> str:
-    """The hash of all that decides what is learnt; ``heldout`` only measures and is left out."""
-    learnt = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
+    """The hash of all that decides what is learnt; what only measures (:data:`MEASURES`) is left out."""
+    learnt = {k: v for k, v in recipe.to_dict().items() if k not in MEASURES}
     parts = [base.fingerprint, prompts.PROMPT_VERSION, DATA_VERSION, [list(d) for d in domains], learnt, precision]
     parts += [] if base.dtype == "float32" else [base.dtype]
+    if recipe.open_sentences:
+        opened = corpora.spec(OPEN)
+        parts.append([opened.files[path].mirror for path in opened.paths("train")])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -92,7 +100,7 @@ def train_expert(
                 "or lose that one: task.replace=true"
             )
         done = None
-    if done is not None and recipe.heldout in (0, done.recipe["heldout"]):
+    if done is not None and all(getattr(recipe, m) in (0, done.recipe[m]) for m in MEASURES):
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
     data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
@@ -101,12 +109,13 @@ def train_expert(
     # All that can be missing is asked for before hours are spent on training.
     seen = {s.text for s in sentences}
     heldout = {d: draw_heldout(d, recipe, seen) for domain in domains for d in domain}
+    opened = draw_open_heldout(recipe)
     if done is not None:
         log.info("%s is already trained with this recipe; scoring it on other held-out sentences", folder)
         with staged(folder) as stage:
             shutil.copytree(folder, stage, dirs_exist_ok=True)
-            scores = score_heldout(base, stage, heldout, decode)
-            card = replace(done, recipe={**done.recipe, "heldout": recipe.heldout}, scores=scores)
+            scores = score_heldout(base, stage, heldout, opened, decode)
+            card = replace(done, recipe={**done.recipe, **{m: getattr(recipe, m) for m in MEASURES}}, scores=scores)
             write_readme(stage, card)
             card.write(stage)
         return folder, card
@@ -131,7 +140,7 @@ def train_expert(
     gc.collect()
     with staged(folder) as stage:
         _save_adapter(stage, weights, config, base)
-        scores = score_heldout(base, stage, heldout, decode)
+        scores = score_heldout(base, stage, heldout, opened, decode)
         card = Card(
             name=name,
             role=role,
@@ -148,7 +157,7 @@ def train_expert(
             sentences=len(sentences),
             scores=scores,
             training=training,
-            licences={d: corpora.spec(d).licence for domain in domains for d in domain},
+            licences={d: corpora.spec(d).licence for d in [*heldout, *([OPEN] if recipe.open_sentences else [])]},
             versions=versions(),
         )
         write_readme(stage, card)
@@ -171,7 +180,7 @@ def _finished(folder: Path) -> Card | None:
 
 def _difference(card: Card, recipe: Recipe) -> str:
     """What of ``recipe`` the expert of ``card`` was trained with otherwise, as far as a recipe says."""
-    now = {k: v for k, v in recipe.to_dict().items() if k != "heldout"}
+    now = {k: v for k, v in recipe.to_dict().items() if k not in MEASURES}
     found = [f"train.{k}={card.recipe[k]}, now {v}" for k, v in now.items() if k in card.recipe and card.recipe[k] != v]
     return "; ".join(found) or "of other data, another base model, encoder or precision"
 
@@ -249,38 +258,75 @@ def draw_heldout(dataset: str, recipe: Recipe, seen: Collection[str] = ()) -> li
     return rng(recipe.seed, "held out", dataset).sample(sentences, min(recipe.heldout, len(sentences)))
 
 
+def draw_open_heldout(recipe: Recipe) -> dict[str, list[Sentence]]:
+    """``recipe.heldout_open`` sentences of each held-out split of the open types (all of a smaller one), by split."""
+    if not recipe.heldout_open:
+        return {}
+    drawn = {}
+    for split in (split for split in corpora.spec(OPEN).splits if split != "train"):
+        sentences = corpora.load(OPEN, split)
+        drawn[split] = rng(recipe.seed, "held out", split).sample(sentences, min(recipe.heldout_open, len(sentences)))
+    return drawn
+
+
 def score_heldout(
-    base: Base, folder: Path, heldout: Mapping[str, Sequence[Sentence]], decode: DecodeSpec
+    base: Base,
+    folder: Path,
+    heldout: Mapping[str, Sequence[Sentence]],
+    opened: Mapping[str, Sequence[Sentence]],
+    decode: DecodeSpec,
 ) -> dict[str, Any]:
-    """Scores of the saved adapter on held-out sentences of each dataset, asked for all its types; and their mean F1."""
+    """Scores of the saved adapter on held-out sentences: of each dataset, asked for all its types, and their mean F1;
+    and of each split of the open types, each sentence asked for its own."""
     splits = {dataset: str(held_split(dataset)) for dataset, sentences in heldout.items() if sentences}
-    found = score_adapter(base, folder, {d: (split, heldout[d]) for d, split in splits.items()}, decode)
+    asked = {d: (entity_types(corpora.load(d, split)), heldout[d]) for d, split in splits.items()}
+    found = score_adapter(base, folder, {**asked, **{f"{OPEN}/{s}": ([], held) for s, held in opened.items()}}, decode)
     by_dataset = {dataset: {"split": split, **found[dataset]} for dataset, split in splits.items()}
     mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
-    return {"datasets": by_dataset, "mean_f1": mean}
+    return {"datasets": by_dataset, "mean_f1": mean, "open": {split: found[f"{OPEN}/{split}"] for split in opened}}
 
 
 def score_adapter(
-    base: Base, folder: Path, held: Mapping[str, tuple[str, Sequence[Sentence]]], decode: DecodeSpec
+    base: Base, folder: Path, held: Mapping[str, tuple[Sequence[str], Sequence[Sentence]]], decode: DecodeSpec
 ) -> dict[str, dict[str, Any]]:
-    """The scores (:data:`KEPT`) of the adapter in ``folder`` by dataset; ``held``: dataset -> a split, sentences of it.
-
-    Asked for all types of the split.
-    """
+    """The scores (:data:`KEPT`) of the adapter in ``folder`` by name of a part of ``held``: the types asked for (a
+    sentence's own, if it has some) and the sentences."""
     from sam.decoding.compiled import weights_of
-    from sam.decoding.greedy import decode as run
     from sam.merging import AdapterDeltas, MergeSpec, merge_modules
-    from sam.scoring import score
 
-    found: dict[str, dict[str, Any]] = {}
     with weights_of(base, decode.mode, constrained=decode.constrained) as weights:
         weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
-        for dataset, (split, sentences) in held.items():
-            types = entity_types(corpora.load(dataset, split))
-            answers = run(base, types, [s.text for s in sentences], decode)
-            predicted = [
-                prompts.predict(s.text, a.text, types, a.truncated) for s, a in zip(sentences, answers, strict=True)
-            ]
-            scores = score(sentences, predicted).to_dict()
-            found[dataset] = {name: scores[name] for name in KEPT}
-    return found
+        return {name: _score(base, types, sentences, decode) for name, (types, sentences) in held.items()}
+
+
+def _score(base: Base, types: Sequence[str], sentences: Sequence[Sentence], decode: DecodeSpec) -> dict[str, Any]:
+    from sam import grammar
+    from sam.decoding.greedy import decode_prompts
+
+    asked = [s.types or types for s in sentences]
+    parts = [(prompts.prefix(a), prompts.suffix(s.text)) for a, s in zip(asked, sentences, strict=True)]
+    texts = [s.text for s in sentences]
+    automata = grammar.automata(zip(asked, texts, strict=True)) if decode.constrained else None
+    answers = decode_prompts(base, parts, decode, automata)
+    predicted = [
+        prompts.predict(text, a.text, of, a.truncated) for text, of, a in zip(texts, asked, answers, strict=True)
+    ]
+    scores = score(sentences, predicted)
+    kept = {name: value for name, value in scores.to_dict().items() if name in KEPT}
+    return kept | (_unseen(scores) if any(s.types for s in sentences) else {})
+
+
+def _unseen(scores: Scores) -> dict[str, Any]:
+    """Recall of the gold pairs whose type no training set has."""
+    known = training_types()
+    figures = [f for name, f in scores.per_type.items() if name not in known and f["gold"]]
+    gold, tp = (int(sum(f[key] for f in figures)) for key in ("gold", "tp"))
+    return {"unseen_types": len(figures), "unseen_gold": gold, "unseen_recall": tp / gold if gold else 0.0}
+
+
+@cache
+def training_types() -> frozenset[str]:
+    """The entity types of all source datasets and of all open-type sentences that experts may be trained on."""
+    sources = (s.types for s in map(corpora.spec, corpora.datasets()) if s.role == "source")
+    opened = (s.types or () for s in corpora.load(OPEN, "train"))
+    return frozenset(t for types in (*sources, *opened) for t in types)

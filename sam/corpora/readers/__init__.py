@@ -8,15 +8,17 @@ from typing import Any
 from sam.corpora.readers.base import Draft, Reader, Source
 from sam.corpora.readers.columns import Columns
 from sam.corpora.readers.inline import Inline
+from sam.corpora.readers.open_types import OpenTypes
 from sam.corpora.readers.standoff import Standoff
 from sam.corpora.readers.strings import Strings
 from sam.errors import SamError
 
-__all__ = ["Columns", "Draft", "Inline", "Reader", "Source", "Standoff", "Strings", "make_reader"]
+__all__ = ["Columns", "Draft", "Inline", "OpenTypes", "Reader", "Source", "Standoff", "Strings", "make_reader"]
 
-_KINDS: dict[str, type[Columns] | type[Inline] | type[Standoff] | type[Strings]] = {
+_KINDS: dict[str, type[Columns] | type[Inline] | type[OpenTypes] | type[Standoff] | type[Strings]] = {
     "columns": Columns,
     "inline": Inline,
+    "open_types": OpenTypes,
     "standoff": Standoff,
     "strings": Strings,
 }

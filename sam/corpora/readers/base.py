@@ -19,13 +19,17 @@ SCHEMES = ("IOB1", "IOB2", "BILOU")
 
 @dataclass(frozen=True)
 class Draft:
-    """A sentence as read: mentions carry the corpus's own labels; ``document`` counts within the split."""
+    """A sentence as read: mentions carry the corpus's own labels; ``document`` counts within the split.
+
+    ``types``: the labels that the sentence is annotated with, where they are its own.
+    """
 
     text: str
     mentions: tuple[Mention, ...]
     path: str
     document: int = 0
     annotated: bool = True
+    types: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
