@@ -1,4 +1,4 @@
-"""Bootstrap intervals over sentences and draws for micro F1, paired between systems of the same sentences and seeds."""
+"""Bootstrap intervals over sentences, trainings and draws for micro F1, paired between systems that share them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ def resamples(n: int, name: str, rounds: int = ROUNDS) -> NDArray[np.float64]:
     return generator.multinomial(n, np.full(n, 1 / n), size=rounds).astype(np.float64)
 
 
-def redrawn(runs: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-    """[rounds]: the mean of runs [runs, rounds] that were made with other seeds, drawn with replacement in each round.
+def redrawn(runs: Sequence[Sequence[NDArray[np.float64]]], name: str) -> NDArray[np.float64]:
+    """[rounds]: the mean of ``runs``, drawn with replacement in each round: trainings, then of each the seeds.
 
-    The same runs for a ``name``: systems of the same seeds are compared in pairs. Few runs understate the spread.
+    ``runs[t][s]`` [rounds] is of training ``t`` and seed ``s``. The draws are the same for a ``name`` and numbers of
+    runs, so that systems are compared in pairs. Few trainings or seeds understate their spread.
     """
+    trainings = [_drawn(np.stack(seeds), f"{name} {place}") for place, seeds in enumerate(runs)]
+    return _drawn(np.stack(trainings), f"{name} trainings")
+
+
+def _drawn(runs: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    """[rounds]: in each round the mean of as many of ``runs`` [n, rounds] as there are, drawn with replacement."""
     count, rounds = runs.shape
     generator = np.random.default_rng(rng("redrawn", name, count).getrandbits(63))
     chosen = generator.integers(count, size=(count, rounds))

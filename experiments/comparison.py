@@ -28,6 +28,7 @@ FAULTS = ("unparsable", "hallucinated", "silent")
 NAMES = ("known", "new")
 """Of types: whether the sources have one of that name."""
 LABELS = {
+    "none": "warm start alone",
     "unified_small": "unified, one expert's budget",
     "each": "experts, union of all",
     "each, vote": "experts, two votes",
@@ -42,42 +43,60 @@ LABELS = {
     "oracle": "top k by gold F1",
 }
 ORDER = (
-    *("unified", "unified_small", "expert", "mean", "best", "each", "each, vote", "random", "all", "all_each, vote"),
+    *(
+        "none",
+        "unified",
+        "unified_small",
+        "expert",
+        "mean",
+        "best",
+        "each",
+        "each, vote",
+        "random",
+        "all",
+        "all_each, vote",
+    ),
     *("random_pair", "domain", "sampling", "sam", "sameco", "oracle"),
 )
+FREE = ("merge.seed", "base.fold", "base.fingerprint")
+"""Settings in which the jobs of a comparison may differ, beside whole groups."""
 ENOUGH = 0.25
 """The least share of a model's answers that must have been decoded in a job for its seconds to say anything."""
 
 
+Run = tuple[str, int]
+"""The training (the fingerprint of the base model with its warm start) and the seed."""
+
+
 @dataclass
 class Outcome:
-    """One system on one target: ``counts`` of each seed's run, and its figures, means over seeds."""
+    """One system on one target: ``counts`` of each run, by training and seed, and its figures, means over runs."""
 
-    counts: list[Counts] = field(default_factory=list)
+    counts: dict[Run, list[Counts]] = field(default_factory=dict)
     figures: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, counts: Counts, figures: Mapping[str, float]) -> None:
-        """One seed's run."""
-        self.counts.append(counts)
+    def add(self, run: Run, counts: Counts, figures: Mapping[str, float]) -> None:
+        """One run of one model."""
+        self.counts.setdefault(run, []).append(counts)
         _, predicted, gold = counts
         silent = float(np.mean(predicted[gold > 0] == 0)) if (gold > 0).any() else 0.0
         for name, value in {**figures, "silent": silent}.items():
             self.figures.setdefault(name, []).append(value)
 
     def mean(self, figure: str) -> float:
-        """Mean over seeds; NaN where it was not measured in all."""
+        """Mean over runs; NaN where it was not measured in all."""
         return statistics.fmean(self.figures.get(figure, [float("nan")]))
 
 
 @dataclass
 class Row:
-    """One system: its outcomes by target, the seeds it was run with; ``gold`` if it looked at gold labels."""
+    """One system: its outcomes by target, the runs of it; ``gold`` if it looked at gold labels."""
 
     label: str
     kind: str
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     gold: bool = False
-    seeds: list[int] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
 
     def at(self, target: str) -> Outcome:
         """Its outcome on ``target``, empty at first."""
@@ -100,14 +119,14 @@ class Comparison:
 
     def f1(self, row: Row, target: str) -> Interval:
         """F1 (0 to 1) of a row on a target, or its mean over targets, with its interval."""
-        return bootstrap.interval(self._value(row, target), self._replicates(row, target))
+        return bootstrap.interval(self.f1_value(row, target), self._replicates(row, target))
 
     def against(self, row: Row, other: Row, target: str) -> tuple[Interval, Interval]:
         """F1 of ``row`` minus that of ``other``, and as a share of ``other``'s, each with its paired interval.
 
         The share is NaN where a resample of ``other`` finds nothing.
         """
-        ours, theirs = self._value(row, target), self._value(other, target)
+        ours, theirs = self.f1_value(row, target), self.f1_value(other, target)
         a, b = self._replicates(row, target), self._replicates(other, target)
         share = np.divide(a - b, b, out=np.full_like(a, np.nan), where=b > 0)
         relative = bootstrap.interval((ours - theirs) / theirs if theirs else float("nan"), share)
@@ -123,16 +142,21 @@ class Comparison:
         tp, gold = (sum(row.at(t).mean(f"{what} {names}") for t in self.targets) for what in ("tp", "gold"))
         return tp / gold if gold else float("nan")
 
-    def _value(self, row: Row, target: str) -> float:
+    def f1_value(self, row: Row, target: str) -> float:
+        """F1 (0 to 1) of a row, mean over runs (and over targets for ``mean``)."""
         names = self.targets if target == MEAN else [target]
-        return statistics.fmean(bootstrap.f1(c) for t in names for c in row.at(t).counts)
+        return statistics.fmean(
+            statistics.fmean(bootstrap.f1(c) for c in models) for t in names for models in row.at(t).counts.values()
+        )
 
     def _replicates(self, row: Row, target: str) -> Any:
         if target == MEAN:
             return bootstrap.mean([self._replicates(row, t) for t in self.targets])
         weights = _resamples(len(self.sentences[target]), target)
-        runs = np.stack([bootstrap.f1_of(c, weights) for c in row.at(target).counts])
-        return bootstrap.redrawn(runs, target) if len(row.seeds) > 1 else runs.mean(axis=0)
+        runs: dict[str, list[Any]] = {}
+        for (training, _), models in sorted(row.at(target).counts.items()):
+            runs.setdefault(training, []).append(bootstrap.mean([bootstrap.f1_of(c, weights) for c in models]))
+        return bootstrap.redrawn(list(runs.values()), target)
 
 
 _resamples = cache(bootstrap.resamples)
@@ -155,17 +179,18 @@ def compare(folder: Path) -> Comparison:
         if needed not in comparison.rows:
             raise SamError(f"{folder} has no job of {needed}; it is made by `python run.py experiment=main_table`")
     for row in comparison.rows.values():
-        if len(set(row.seeds)) < len(row.seeds):
-            raise SamError(f"{folder} has two jobs of {row.label} with one seed; move one of them away")
+        if len(set(row.runs)) < len(row.runs):
+            raise SamError(f"{folder} has two jobs of {row.label} with one pool and seed; move one of them away")
     _add_expert_rows(comparison)
     comparison.rows = dict(sorted(comparison.rows.items(), key=lambda item: ORDER.index(item[1].kind)))
     return comparison
 
 
 def _check_alike(first: Job, job: Job) -> None:
-    """Refuse jobs of other settings: they would be taken for other seeds of the same system."""
-    free = (*RIM, "selector", "combine", "seed")
-    known = {p for p in (*first.config, *job.config) if p.split(".")[0] not in free and p != "merge.seed"}
+    """Refuse jobs of other settings: they would be taken for other runs of the same system. Pools of several trainings
+    of the same experts may differ."""
+    free = (*RIM, "selector", "combine", "seed", "experts")
+    known = {p for p in (*first.config, *job.config) if p.split(".")[0] not in free and p not in FREE}
     if other := sorted(p for p in known if first.config.get(p) != job.config.get(p)):
         raise SamError(f"{first.folder} and {job.folder} differ in {other[0]}; compare jobs of the same settings")
     if list(first.targets) != list(job.targets):
@@ -194,7 +219,8 @@ def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
 
 def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], float]) -> None:
     """Add a job's systems to the rows: its combination, and for the union of ``each`` every expert too."""
-    selector, rows, seed = str(job.config["selector.name"]), read_predictions(job), int(job.config["seed"])
+    selector, rows = str(job.config["selector.name"]), read_predictions(job)
+    run = (str(job.config.get("base.fingerprint")), int(job.config["seed"]))
     if not rows:
         raise SamError(f"{job.folder / PREDICTIONS} is missing; delete {job.folder} and run the sweep again")
     touched = set()
@@ -208,13 +234,13 @@ def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], fl
         if selector == "each" and job.config["combine.rule"] == "union":
             for name, model in result["models"].items():
                 row = _row(comparison, f"expert {name}", "expert")
-                row.at(target).add(_counts(lines, name), _figures(model["scores"], costs[keys[name]]))
+                row.at(target).add(run, _counts(lines, name), _figures(model["scores"], costs[keys[name]]))
         row = _row(comparison, *_label(job))
         row.gold = result["labels_used_for_selection"]
-        row.at(target).add(_counts(lines, None), _figures(result["combined"]["scores"], sum(costs.values())))
+        row.at(target).add(run, _counts(lines, None), _figures(result["combined"]["scores"], sum(costs.values())))
         touched.add(row.label)
     for label in touched:
-        comparison.rows[label].seeds.append(seed)
+        comparison.rows[label].runs.append(run)
 
 
 def kind_of(job: Job) -> str:
@@ -294,8 +320,9 @@ def _add_expert_rows(comparison: Comparison) -> None:
     mean, best = Row(MEAN_EXPERT, "mean"), Row(BEST_EXPERT, "best", gold=True)
     for target in comparison.targets:
         for row in experts:
-            mean.at(target).counts += row.at(target).counts
+            for run, models in row.at(target).counts.items():
+                mean.at(target).counts.setdefault(run, []).extend(models)
             for name, values in row.at(target).figures.items():
                 mean.at(target).figures.setdefault(name, []).extend(values)
-        best.outcomes[target] = max(experts, key=lambda r: bootstrap.f1(r.at(target).counts[0])).at(target)
+        best.outcomes[target] = max(experts, key=lambda r: comparison.f1_value(r, target)).at(target)
     comparison.rows |= {mean.label: mean, best.label: best}

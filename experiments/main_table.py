@@ -27,6 +27,7 @@ from sam.prompts import align
 from sam.results import write_json, write_text
 
 PAIRS = (
+    *(("sam", "none"), ("unified", "none"), ("unified_small", "none"), ("mean", "none")),
     *(("all", "mean"), ("random", "domain"), ("random", "sampling"), ("random", "all"), ("oracle", "random")),
     *(("sam", "unified_small"), ("sam", "domain"), ("sam", "sampling"), ("sam", "random"), ("sam", "random_pair")),
     ("sam", "each"),
@@ -60,10 +61,12 @@ def markdown(comparison: Comparison) -> str:
         for line, part in zip(fourth, comparison.against(ours, unified, target), strict=True):
             line.append(_percent(part))
     base = comparison.jobs[0].config.get("base.name")
+    count = len({run[0] for row in rows for run in row.runs})
+    trainings = "one training of each model, whose spread they do not hold," if count == 1 else f"{count} trainings"
     parts = [
         f"F1 (%) over (type, text) pairs, zero-shot, base {base}; sentences: {sizes}. "
-        f"In brackets 95 % bootstrap intervals over sentences and seeds ({bootstrap.ROUNDS} resamples; three seeds "
-        "understate their spread): they do not hold the spread of trainings. † chose by gold labels: for reference, "
+        f"In brackets 95 % bootstrap intervals over sentences, trainings and seeds ({bootstrap.ROUNDS} resamples; "
+        f"{trainings} and few seeds understate their spread). † chose by gold labels: for reference, "
         "no method, and no upper bound. "
         f"Commit {', '.join(comparison.commits)}.",
         _table(["system", *targets], first),
@@ -246,6 +249,7 @@ def write(folder: Path, out: Path) -> Comparison:
             files[text] = f"predictions/{job.folder.name}.jsonl.xz"
             (out / files[text]).write_bytes(lzma.compress(text))
         said = {"job": job.folder.name, "system": kind_of(job), "seed": int(job.config["seed"])}
+        said["training"] = str(job.config.get("base.fingerprint"))[:16]
         kept.append({**said, "file": files[text]})
     head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
     head["predictions"] = kept

@@ -44,10 +44,11 @@ def kept(folder: Path, gold: Gold | None = None) -> Comparison:
     rows: dict[str, Row] = {}
     for job in head["predictions"]:
         row = rows.setdefault(job["system"], Row(job["system"], job["system"]))
-        row.seeds.append(job["seed"])
+        run = (job.get("training", ""), job["seed"])
+        row.runs.append(run)
         for target, ids in head["sentences"].items():
             combined = {line["id"]: line["combined"] for line in files[job["file"]] if line["target"] == target}
-            row.at(target).counts.append(counts_of(_pairs(gold[target][i], combined[i]) for i in ids))
+            row.at(target).counts[run] = [counts_of(_pairs(gold[target][i], combined[i]) for i in ids)]
     return Comparison(rows, list(head["sentences"]), head["sentences"], [])
 
 

@@ -64,7 +64,7 @@ class SamModule(L.LightningModule):
 
     def _ask(self, expert: str, texts: Sequence[str]) -> list[Prediction]:
         """What one expert alone finds, for selection."""
-        return self.engine.predict([expert], SINGLE, self.target.types, texts)
+        return self.engine.predict_all([expert], SINGLE, [(self.target.asked(text), text) for text in texts])
 
     def setup(self, stage: str) -> None:
         """Select, once. Raises SamError where a target without gold is to be scored."""
@@ -95,9 +95,8 @@ class SamModule(L.LightningModule):
 
     def _step(self, batch: list[Sentence], loader: int) -> list[Prediction]:
         name = list(self.selections)[loader]
-        found = self.engine.predict(
-            self.selections[name].experts, self.merge, self.target.types, [s.text for s in batch]
-        )
+        asked = [(self.target.asked(s.text), s.text) for s in batch]
+        found = self.engine.predict_all(self.selections[name].experts, self.merge, asked)
         self.predictions[name].update({s.id: p for s, p in zip(batch, found, strict=True)})
         return found
 
@@ -133,7 +132,9 @@ class SamModule(L.LightningModule):
         voices = [len(self.selections[name].experts) for name in self.predictions]
         texts = {s.id: s.text for s in self.target.sentences}
         done = [i for i in texts if all(i in found for found in models)]
-        return {i: combine([m[i] for m in models], texts[i], self.rule, self.target.types, voices) for i in done}
+        return {
+            i: combine([m[i] for m in models], texts[i], self.rule, self.target.asked(texts[i]), voices) for i in done
+        }
 
     def scores(self) -> dict[str, Scores]:
         """The scores of each task model and, under ``combined``, of their combination.

@@ -62,5 +62,5 @@ class Prediction:
 
 
 def entity_types(sentences: Iterable[Sentence]) -> list[str]:
-    """The distinct gold types of ``sentences``, sorted."""
-    return sorted({m.type for s in sentences for m in s.mentions or ()})
+    """The distinct types of ``sentences``, of their gold and their own ones, sorted."""
+    return sorted({t for s in sentences for t in (*(m.type for m in s.mentions or ()), *(s.types or ()))})

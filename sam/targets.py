@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ class Target:
     types: tuple[str, ...]
     sentences: tuple[Sentence, ...]
     unlabelled: tuple[str, ...]
+
+    @cached_property
+    def _own_types(self) -> dict[str, tuple[str, ...]]:
+        return {s.text: s.types for s in self.sentences if s.types is not None}
+
+    def asked(self, text: str) -> tuple[str, ...]:
+        """The entity types that ``text`` is asked for: its sentence's own, if it has some, else the target's."""
+        return self._own_types.get(text, self.types)
 
     @property
     def scored(self) -> tuple[Sentence, ...]:
@@ -154,8 +163,15 @@ def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool) -> Targe
     if not target.sentences:
         raise SamError(f"target {target.name} has no sentences; give at least one")
     asked = set(types)
-    sentences = [
-        s if s.mentions is None else replace(s, mentions=tuple(m for m in s.mentions if m.type in asked))
-        for s in target.sentences
-    ]
-    return replace(target, types=tuple(types), sentences=tuple(sentences))
+    sentences = tuple(_of_types(s, asked) for s in target.sentences)
+    return replace(target, types=tuple(types), sentences=sentences)
+
+
+def _of_types(sentence: Sentence, asked: set[str]) -> Sentence:
+    """``sentence`` with the mentions and the own types that are ``asked``."""
+    mentions, types = sentence.mentions, sentence.types
+    return replace(
+        sentence,
+        mentions=None if mentions is None else tuple(m for m in mentions if m.type in asked),
+        types=None if types is None else tuple(t for t in types if t in asked),
+    )

@@ -60,18 +60,18 @@ def make(tiny_spec: Any, pool: Pool) -> MakeModule:
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readable answers in place of a random model's: a merge names every capitalised word, its type drawn by expert."""
 
-    def predict(self: Engine, experts: Sequence[str], merge: Any, types: Any, texts: Any, progress: Any = None) -> Any:
+    def predict_all(self: Engine, experts: Sequence[str], merge: Any, asked: Any, progress: Any = None) -> Any:
         found = []
-        for text in texts:
+        for types, text in asked:
             words = re.findall(r"\b[A-Z][a-z]+\b", text)
             kind = types[len(experts[0]) % len(types)]
             kept = [w for w in words if len(w) != len(experts[-1])]
             found.append(prompts.predict(text, prompts.answer(_gold(text, kept, kind), types, "by_mention"), types))
         if progress:
-            progress(len(texts))
+            progress(len(asked))
         return found
 
-    monkeypatch.setattr(Engine, "predict", predict)
+    monkeypatch.setattr(Engine, "predict_all", predict_all)
 
 
 def _gold(text: str, words: Sequence[str], kind: str) -> Sentence:
@@ -177,7 +177,7 @@ def fails(*args: Any) -> None:
 
 
 def decodes_then_fails(engine: Engine) -> Callable[..., None]:
-    real = engine.predict
+    real = engine.predict_all
 
     def predict(*args: Any) -> None:
         real(*args)
@@ -192,7 +192,7 @@ def test_the_base_is_given_back_after_an_error(make: MakeModule, monkeypatch: py
     module = make(selector="sampling") if where == "selection" else make(selector="named", experts=["news", "stem"])
     before = weights(module.engine)
     if where in ("selection", "test_step"):
-        monkeypatch.setattr(module.engine, "predict", decodes_then_fails(module.engine))
+        monkeypatch.setattr(module.engine, "predict_all", decodes_then_fails(module.engine))
     elif where == "decoding":
         monkeypatch.setattr(sam.engine, "stream", fails)
     else:
@@ -248,3 +248,32 @@ def test_mistakes_are_refused_before_anything_is_loaded(
         make(**options)
     message = one_line(error)
     assert all(part in message for part in named)
+
+
+@pytest.mark.usefixtures("answers")
+def test_a_sentence_with_types_of_its_own_is_asked_for_those(make: MakeModule) -> None:
+    own = Sentence("s5", "Fay saw Ely", (Mention(0, 3, "knight"), Mention(8, 11, "isle")), ("knight", "isle"))
+    module = make(Target("t", TYPES, (*SENTENCES, own), TARGET.unlabelled), selector="named", experts=["news", "stem"])
+    trainer().test(module, verbose=False)
+    found = module.predictions["named"]
+    assert {t for t, _ in found["s5"].pairs} <= {"knight", "isle"} and found["s5"].not_asked == 0
+    assert all({t for t, _ in found[s.id].pairs} <= set(TYPES) for s in SENTENCES if s.mentions is not None)
+    assert (module.combined()["s5"].pairs, module.combined()["s5"].mentions) == (
+        found["s5"].pairs,
+        found["s5"].mentions,
+    )
+
+
+def test_the_base_alone_is_a_task_model_without_experts(make: MakeModule, tiny_spec: Any, pool: Pool) -> None:
+    from sam.decoding import DecodeSpec
+    from sam.decoding.greedy import decode
+
+    exact = DecodeSpec(8, 2, "exact")
+    module = make(selector="none", engine=Engine(tiny_spec, pool, exact, None, "cpu"))
+    before = weights(module.engine)
+    trainer().predict(module, return_predictions=False)
+    assert {name: s.experts for name, s in module.selections.items()} == {"none": ()} and unchanged(
+        module.engine, before
+    )
+    plain = decode(module.engine.base, TYPES, [s.text for s in SENTENCES], exact)
+    assert [module.predictions["none"][s.id].answer for s in SENTENCES] == [a.text for a in plain]

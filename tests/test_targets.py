@@ -10,6 +10,7 @@ import pytest
 
 from sam import corpora
 from sam.errors import SamError
+from sam.launch import compose
 from sam.ner import Mention
 from sam.targets import MISC, load_targets, mini
 from tests.tiny import one_line
@@ -268,3 +269,15 @@ def test_limit_takes_the_first_or_draws_by_its_seed() -> None:
     places = [whole.sentences.index(s) for s in drawn[0]]
     assert places == sorted(set(places)) and len(places) == 5
     assert load_targets(minis("ai"), 10_000, 0)[0].sentences == whole.sentences
+
+
+def test_open_sentences_keep_their_own_types() -> None:
+    (target,) = load_targets(compose("target=open_types")["target"], limit=5)
+    assert all(target.asked(s.text) == s.types and len(s.types or ()) > 1 for s in target.sentences)
+    assert target.asked("another text") == target.types
+    assert {t for s in target.sentences for t in s.types or ()} <= set(target.types)
+    assert any(set(s.types or ()) - {m.type for m in s.mentions or ()} for s in target.sentences)  # some are absent
+    (narrow,) = load_targets(compose("target=open_types", "target.types=[date,country]")["target"], limit=5)
+    assert [s.types for s in narrow.sentences] == [
+        tuple(t for t in s.types or () if t in ("date", "country")) for s in target.sentences
+    ]

@@ -19,12 +19,15 @@ from sam.base import Base, BaseSpec, load
 from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.experts import Card, ExpertModule, Recipe, train, train_expert
+from sam.experts.data import OPEN
 from sam.ner import Mention, Sentence
 from tests.tiny import HashEncoder
 
 NAMES = ["Ada", "Alan", "Grace", "Kurt", "Emmy", "Alonzo", "Noam", "Barbara"]
 PLACES = ["London", "Paris", "Rome", "Berlin", "Oslo"]
-RECIPE = Recipe(sentences=24, epochs=2, batch_size=2, lr=5e-3, r=4, alpha=8, max_length=120, heldout=2, seed=3)
+RECIPE = Recipe(
+    sentences=24, epochs=2, batch_size=2, lr=5e-3, r=4, alpha=8, max_length=120, heldout=2, heldout_open=2, seed=3
+)
 STEPS = 24
 """24 sentences, in batches of 2, twice."""
 
@@ -38,7 +41,8 @@ def toy(dataset: str, split: str, n: int = 40) -> list[Sentence]:
         text = f"{name} saw {place}" + " again" * draw.randrange(6) + f" in {1900 + index}."
         start = text.index(place)
         mentions = (Mention(0, len(name), "person"), Mention(start, start + len(place), "location"))
-        found.append(Sentence(f"{dataset}/{split}/{index}", text, mentions))
+        types = ("location", "animal", "person") if dataset == OPEN else None
+        found.append(Sentence(f"{dataset}/{split}/{index}", text, mentions, types))
     return found
 
 
@@ -46,6 +50,7 @@ def use_toys(patch: pytest.MonkeyPatch, load: Callable[[str, str], list[Sentence
     """Put toy datasets in place of the corpora, each with the splits train and dev."""
     patch.setattr(corpora, "load", load)
     known = {"role": "source", "domain": "toys", "types": ["location", "person"], "licence": "CC0-1.0"}
+    known |= {"files": {}, "paths": lambda split: []}
     spec = SimpleNamespace(splits={"train": None, "dev": None}, **known)
     patch.setattr(corpora, "spec", lambda dataset: spec)
 

@@ -11,7 +11,6 @@ import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def train_expert(
                 "or lose that one: task.replace=true"
             )
         done = None
-    if done is not None and all(getattr(recipe, m) in (0, done.recipe[m]) for m in MEASURES):
+    if done is not None and all(getattr(recipe, m) in (0, done.recipe.get(m)) for m in MEASURES):
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
     data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
@@ -324,7 +323,6 @@ def _unseen(scores: Scores) -> dict[str, Any]:
     return {"unseen_types": len(figures), "unseen_gold": gold, "unseen_recall": tp / gold if gold else 0.0}
 
 
-@cache
 def training_types() -> frozenset[str]:
     """The entity types of all source datasets and of all open-type sentences that experts may be trained on."""
     sources = (s.types for s in map(corpora.spec, corpora.datasets()) if s.role == "source")

@@ -97,6 +97,10 @@ def _all_each(query: Query) -> dict[str, Selection]:
     return {**_all(query), **_each(query)}
 
 
+def _none(query: Query) -> dict[str, Selection]:
+    return {"none": Selection("none", (), {})}
+
+
 def _named(query: Query) -> dict[str, Selection]:
     return {"named": Selection("named", tuple(query.experts), {})}
 
@@ -129,6 +133,7 @@ SELECTORS: dict[str, Selector] = {
     "each": Selector(_each, uses_k=False),
     "all_each": Selector(_all_each, uses_k=False),
     "named": Selector(_named, uses_k=False),
+    "none": Selector(_none, uses_k=False),
     "oracle": Selector(_oracle, uses_gold=True),
 }
 

@@ -267,7 +267,7 @@ def test_standoff_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"kind": "xml"}, "format.kind: 'xml' is not one of columns, inline, standoff, strings"),
+        ({"kind": "xml"}, "format.kind: 'xml' is not one of columns, inline, open_types, standoff, strings"),
         ({"kind": "columns", "tag": 1, "separator": "pipe"}, "format.separator: 'pipe' is not one of tab, space, csv"),
         ({"kind": "columns", "tag": 1, "scheme": "BIO"}, "format.scheme: 'BIO' is not one of IOB1, IOB2, BILOU"),
         ({"kind": "inline", "colon": 1}, "format of kind inline: .*'colon'"),

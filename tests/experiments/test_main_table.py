@@ -128,7 +128,7 @@ def test_rows_and_their_figures(sweep: Path) -> None:
     assert f1("experts, best", MEAN) == pytest.approx((1.0 + 0.8) / 2)
     assert f1("random 3", "a") == pytest.approx((0.5 + 1.0) / 2)  # two seeds
     assert f1("SaM", "a") == pytest.approx(6 / 7)  # three found, one made up
-    assert found.rows["random 3"].seeds == [0, 1]
+    assert [seed for _, seed in found.rows["random 3"].runs] == [0, 1]
     absolute, relative = found.against(found.rows["SaM"], found.rows["unified"], "a")
     assert absolute.value == pytest.approx(6 / 7 - 0.5) and relative.value == pytest.approx((6 / 7 - 0.5) / 0.5)
     assert [row.label for row in found.rows.values() if row.gold] == ["experts, best", "top k by gold F1"]
@@ -152,7 +152,7 @@ def test_a_model_that_two_rankings_chose_takes_its_seconds_once_and_whole(tmp_pa
 
 def test_silence_is_counted_where_there_is_something_to_find() -> None:
     outcome = Outcome()
-    outcome.add(np.array([[0, 0, 1, 0], [0, 2, 1, 0], [1, 2, 1, 0]], dtype=float), {})
+    outcome.add(("t", 0), np.array([[0, 0, 1, 0], [0, 2, 1, 0], [1, 2, 1, 0]], dtype=float), {})
     assert outcome.mean("silent") == pytest.approx(1 / 3)
 
 
@@ -201,7 +201,7 @@ def test_what_does_not_compare_is_refused(sweep: Path, tmp_path: Path, capsys: p
         "ids": "scored other sentences of a",
         "k": "differ in k;",
         "one": "have other targets",
-        "twice": "two jobs of all merged with one seed",
+        "twice": "two jobs of all merged with one pool and seed",
         "expert": "legal is no row of the main comparison",
         "trained": "had other weights of expert news; run both anew",
         "unsaid": "does not say its experts' weights",
@@ -257,12 +257,39 @@ def test_bootstrap_is_paired_and_covers(sweep: Path) -> None:
 
 def test_runs_of_other_seeds_are_drawn_too_and_in_pairs() -> None:
     runs = np.array([[0.2] * bootstrap.ROUNDS, [0.4] * bootstrap.ROUNDS, [0.6] * bootstrap.ROUNDS])
-    found = bootstrap.redrawn(runs, "t")
+    found = bootstrap.redrawn([runs], "t")
     assert set(np.unique(found.round(6))) <= {round(x / 3, 6) for x in (0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8)}
     # The mean of three draws from three values, each a run's: variance (0.4 ** 2 / 6) / 3.
     assert found.mean() == pytest.approx(0.4, abs=0.01) and found.std() == pytest.approx((0.16 / 18) ** 0.5, rel=0.05)
-    assert np.allclose(bootstrap.redrawn(runs + 0.1, "t") - found, 0.1)
-    assert not np.array_equal(bootstrap.redrawn(runs, "u"), found)
+    assert np.allclose(bootstrap.redrawn([runs + 0.1], "t") - found, 0.1)
+    assert not np.array_equal(bootstrap.redrawn([runs], "u"), found)
+
+
+def test_trainings_are_drawn_and_of_each_its_seeds() -> None:
+    steady, spread = [np.full(20_000, 0.2)] * 2, [np.full(20_000, 0.4), np.full(20_000, 0.8)]
+    found = bootstrap.redrawn([steady, spread], "t")
+    # Two trainings of means 0.2 and 0.6, of which the second's mean of two seeds is 0.4, 0.6 or 0.8.
+    # With S that mean (variance 0.02) and K ~ Bin(2, 1/2) draws of the second: 0.2 + K / 2 (S - 0.2).
+    variance = (0.4**2 + 0.02) / 8 + 0.02 / 4
+    assert found.mean() == pytest.approx(0.4, abs=0.01)
+    assert set(np.unique(found.round(6))) == {0.2, 0.3, 0.4, 0.5, 0.6, 0.8}
+    assert found.var() == pytest.approx(variance, rel=0.05)
+    # A training that is drawn twice comes with the same seeds, so that pairs stay pairs.
+    assert np.allclose(bootstrap.redrawn([[r + 0.1 for r in steady], [r + 0.1 for r in spread]], "t") - found, 0.1)
+
+
+def test_pools_of_several_trainings_are_runs_of_one_system(sweep: Path) -> None:
+    alone = compare(sweep)
+    write_run(sweep, "sam", {"a": {"domain": 3, "sampling": 1}, "b": {"domain": 1, "sampling": 1}}, seed=7)
+    moved = next(sweep.glob("sam-7"))
+    edit(moved, lambda r: r["config"].update(seed=0, experts={"path": "other"}))
+    edit(moved, lambda r: r.update(base={"name": "tiny", "fingerprint": "another start"}))
+    both = compare(sweep)
+    assert both.rows["SaM"].runs == [("None", 0), ("another start", 0)]
+    values = [2 * 3 / 7, 2 * 1 / 5]  # three of three found and one made up; one of three found and one made up
+    assert both.f1(both.rows["SaM"], "a").value == pytest.approx(sum(values) / 2)
+    assert both.f1(both.rows["unified"], "a") == alone.f1(alone.rows["unified"], "a")
+    assert "one training of each model" in markdown(alone) and "2 trainings" in markdown(both)
 
 
 def test_published_rows_have_sizes_sources_and_means() -> None:

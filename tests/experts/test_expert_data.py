@@ -15,10 +15,12 @@ from sam.base import Base
 from sam.errors import SamError
 from sam.experts import ExpertDataModule, Recipe
 from sam.experts.data import (
+    OPEN,
     SCIENTIFIC,
     Batch,
     Renderer,
     ResumableSampler,
+    draw_open,
     draw_sentences,
     foreign_types,
     rng,
@@ -250,6 +252,8 @@ def test_loader_goes_on_after_the_batches_done(tiny: Base) -> None:
         ({"lrate": 1}, "train.lrate is unknown; allowed: alpha, answer, batch_size"),
         ({"answer": "both"}, "train.answer=both is unknown; allowed: by_mention, by_type"),
         ({"epochs": 0}, "train.epochs=0 must be at least 1"),
+        ({"open_sentences": -1}, "train.open_sentences=-1 must be at least 0"),
+        ({"open_batch_size": 0}, "train.open_batch_size=0 must be at least 1"),
         ({"label_drop": 1.0}, "train.label_drop=1.0 must lie in"),
         ({"lr": 0.0}, "train.lr=0.0 must be above 0"),
         ({"clip": -1.0}, "train.clip=-1.0 must be at least 0"),
@@ -345,3 +349,46 @@ def test_detokenise_is_a_chance(tiny: Base) -> None:
         assert {"London.\n" in text for text in texts} == shown
     together = Renderer(tiny.tokenizer, 0, Recipe(detokenise=0.5))([sentence] * 30, TYPES, 0)
     assert {"London.\n" in text for text, _ in texts_of(tiny.tokenizer, together)} == {False, True}
+
+
+def opened(dataset: str, split: str, n: int = 12) -> list[Sentence]:
+    """Sentences of types of their own, beside the toys."""
+    if dataset != OPEN:
+        return toy(dataset, split, 20)
+    return [
+        Sentence(f"{OPEN}/{split}/{i}", f"Beast {i} eats", (Mention(0, 5, f"beast {i}"),), (f"beast {i}", f"sea {i}"))
+        for i in range(n)
+    ]
+
+
+def test_open_sentences_are_each_asked_for_their_own_types(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_toys(monkeypatch, opened)
+    recipe = Recipe(
+        sentences=8, open_sentences=7, open_batch_size=3, epochs=2, max_length=120, label_drop=0.9, detokenise=1.0
+    )
+    data = ExpertDataModule([["large"]], tiny.tokenizer, 0, recipe)
+    data.setup()
+    batches = [b for b in data.plan if not b.prefix]
+    assert [len(b.examples) for b in batches].count(3) == 2 * 2 and len(batches) == 2 * 3
+    assert {s.id.split("/")[0] for s in data.sentences} == {"large"} and len(data.opened) == 7
+    shown = Counter(text for b in batches for text, _ in texts_of(tiny.tokenizer, b))
+    assert sum(shown.values()) == 2 * 7
+    for batch in batches:
+        for text, answer in texts_of(tiny.tokenizer, batch):
+            number = text.split("Beast ")[1].split()[0]
+            # Nothing is dropped or added, only shuffled.
+            assert sorted(asked(text)) == [f"beast {number}", f"sea {number}"]
+            assert answer == f' {{" Beast":" beast {number}"}}'
+
+
+def test_fewer_open_sentences_are_among_more_and_too_many_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_toys(monkeypatch, opened)
+
+    def ids(n: int, seed: int = 0) -> list[str]:
+        return [s.id for s in draw_open(Recipe(open_sentences=n, seed=seed), lambda s: not s.id.endswith("/3"))]
+
+    assert ids(0) == [] and ids(4) == ids(9)[:4] and ids(9) != ids(9, seed=1)
+    assert f"{OPEN}/train/3" not in ids(11) and len(set(ids(11))) == 11
+    with pytest.raises(SamError) as error:
+        ids(12)
+    assert one_line(error) == "train.open_sentences=12: open_types has 11 that fit; ask for fewer"

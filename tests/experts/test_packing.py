@@ -46,6 +46,20 @@ def test_packed_by_hand() -> None:
     assert packed((1,) * 10, [[Example((2,) * 6, 1)]])["input_ids"].shape == (1, 16)
 
 
+def test_examples_without_a_shared_prefix_do_not_see_one_another() -> None:
+    found = packed((), [[Example((7, 8, 9), 1), Example((5, 4), 1)]])
+    assert found["input_ids"].tolist() == [[7, 8, 9, 5, 4] + [0] * 11]
+    assert found["position_ids"].tolist() == [[0, 1, 2, 0, 1] + [0] * 11]
+    (((mask),),) = found["attention_mask"].tolist()
+    assert [[place for place, seen in enumerate(row) if seen] for row in mask[:5]] == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [3],
+        [3, 4],
+    ]
+
+
 def test_padded_by_hand() -> None:
     found = padded(Batch((5, 6), (Example((7, 8, 9), 1), Example((7, 4), 1))))
     assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [5, 6, 7, 4, 0, 0, 0, 0]]

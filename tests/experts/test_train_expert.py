@@ -26,6 +26,7 @@ from sam.errors import SamError
 from sam.experts import Card, ExpertModule, Pool, Recipe, train
 from sam.experts.train import auto_precision, draw_heldout, recipe_hash
 from sam.merging import AdapterDeltas
+from sam.ner import Mention, Sentence
 from sam.prompts import PROMPT_VERSION
 from tests.tiny import one_line
 from tests.toy_training import RECIPE, STEPS, arrange, run, toy, use_toys
@@ -287,7 +288,7 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
     base = dataclasses.replace(tiny, fingerprint="f" * 64)
     plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
     # Experts that are already trained are known by it.
-    assert plain == "078d289d315123ca"
+    assert plain == "8c870d502476f71c"
     others = [
         recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
         recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
@@ -296,12 +297,12 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
         *(
             recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
             for name, value in Recipe().to_dict().items()
-            if name not in ("heldout", "answer")
+            if name not in ("heldout", "heldout_open", "answer")
         ),
         recipe_hash(base, [["a", "b"]], Recipe(answer="by_type"), "32-true"),
     ]
     assert len({plain, *others}) == len(others) + 1
-    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1), "32-true") == plain
+    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1, heldout_open=1), "32-true") == plain
 
 
 def test_trainer_options_that_change_what_is_learnt_are_refused(tiny: Base, tmp_path: Path) -> None:
@@ -367,19 +368,63 @@ def test_scores_are_those_of_the_saved_adapter(
     monkeypatch.setattr(corpora, "load", lambda dataset, split: sentences)
     asked: list[torch.Tensor] = []
 
-    def perfect(base: Base, types: list[str], texts: list[str], spec: Any) -> list[Any]:
+    def perfect(base: Base, parts: list[tuple[str, str]], spec: Any, automata: Any) -> list[Any]:
         from sam.decoding.greedy import Answer
-        from sam.prompts import answer
+        from sam.prompts import answer, suffix
 
         layer = base.model.model.layers[0].mlp.up_proj
         asked.append(layer(torch.eye(layer.in_features)).T)
-        return [Answer(answer(next(s for s in sentences if s.text == t), types, "by_mention"), False) for t in texts]
+        types = ["location", "person"]
+        assert {prefix for prefix, _ in parts} == {"Entity types: location, person\nText:"}
+        return [
+            Answer(answer(next(s for s in sentences if suffix(s.text) == end), types, "by_mention"), False)
+            for _, end in parts
+        ]
 
-    monkeypatch.setattr("sam.decoding.greedy.decode", perfect)
-    scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, DecodeSpec(8, 2, "exact"))
+    monkeypatch.setattr("sam.decoding.greedy.decode_prompts", perfect)
+    scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, {}, DecodeSpec(8, 2, "exact"))
     assert scores["mean_f1"] == 1.0 and set(scores["datasets"]) == {"toy"}
     toys = scores["datasets"]["toy"]
     assert (toys["split"], toys["n"], toys["precision"], toys["recall"], toys["unparsable"]) == ("dev", 4, 1.0, 1.0, 0)
     name = "model.layers.0.mlp.up_proj"
     expected = tiny.model.get_submodule(name).weight + AdapterDeltas.open(whole).delta(name)
     assert torch.allclose(asked[0], expected, atol=1e-5)
+
+
+def test_open_sentences_are_scored_on_their_own_types_and_unseen_ones_apart(
+    tiny: Base, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Ada keeps bees and a parrot"
+    mentions = (Mention(0, 3, "person"), Mention(10, 14, "insect"), Mention(21, 27, "bird"))
+    first = Sentence("a", text, mentions, ("person", "insect", "bird", "fish"))
+    second = Sentence("b", "Rome again", (Mention(0, 4, "capital"),), ("capital",))
+    monkeypatch.setattr(train, "training_types", lambda: frozenset({"person", "bird"}))
+
+    def answers(base: Base, parts: list[tuple[str, str]], spec: Any, automata: Any) -> list[Any]:
+        from sam.decoding.greedy import Answer
+
+        assert [prefix for prefix, _ in parts] == [
+            "Entity types: person, insect, bird, fish\nText:",
+            "Entity types: capital\nText:",
+        ]
+        return [Answer(' {" Ada":" person"," bees":" insect"," parrot":" fish"}', False), Answer(" {}", False)]
+
+    monkeypatch.setattr("sam.decoding.greedy.decode_prompts", answers)
+    scores = train.score_heldout(tiny, whole, {}, {"dev": [first, second]}, DecodeSpec(8, 2, "exact"))
+    found = scores["open"]["dev"]
+    assert (found["n"], found["precision"], found["recall"]) == (2, 2 / 3, 2 / 4)
+    # insect and capital stand in no training set; one of their two pairs was found.
+    assert (found["unseen_types"], found["unseen_gold"], found["unseen_recall"]) == (2, 2, 0.5)
+    assert scores["datasets"] == {} and scores["mean_f1"] == 0.0
+
+
+def test_an_expert_with_open_sentences_counts_its_domain_alone(tiny: Base, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, open_sentences=6, open_batch_size=4)
+    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=recipe)
+    assert card.training["steps"] == STEPS + 2 * 2  # 6 in batches of 4, twice
+    assert (card.sentences, card.types, card.datasets) == (24, ("location", "person"), ("toy",))
+    assert set(card.licences) == {"toy", "open_types"} and card.recipe["open_sentences"] == 6
+    assert card.scores["open"]["dev"]["n"] == 2
+    assert "| open_types/dev | 2 |" in (folder / "README.md").read_text()
+    plain = recipe_hash(tiny, [["toy"]], RECIPE, "32-true")
+    assert card.recipe["hash"] != plain

@@ -1,0 +1,110 @@
+"""How near the type names of each target are to those in training: ``python -m experiments.overlap --out FOLDER``.
+
+Zero-shot scores rise with such overlap (Golde et al., Familiarity, arXiv 2412.10121). For every target, over its gold
+pairs: the share whose type name stands in training, and the mean over pairs of the largest cosine similarity of the
+name with any in training, by the sentence encoder; for the source datasets alone, and with the open types.
+``overlap.csv`` names the nearest training type of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.comparison import known_types
+from sam import corpora
+from sam.encoder import Encoder, EncoderSpec
+from sam.errors import SamError
+from sam.launch import compose, quiet
+from sam.results import write_text
+from sam.targets import Target, load_targets
+
+TARGETS = "crossner_ai,crossner_literature,crossner_music,crossner_politics,crossner_science,mit_movie,mit_restaurant"
+
+
+def training_names() -> dict[str, list[str]]:
+    """The type names of each kind of training data, sorted."""
+    opened = {t for s in corpora.load("open_types", "train") for t in s.types or ()}
+    return {"sources": sorted(known_types()), "with open types": sorted(known_types() | opened)}
+
+
+def nearest(names: Sequence[str], known: Sequence[str], encoder: Any) -> pd.DataFrame:
+    """Of each of ``names`` (the index) the nearest of ``known`` by cosine: columns nearest, similarity."""
+    similarity = encoder.embed(list(names)) @ encoder.embed(list(known)).T
+    best = similarity.argmax(axis=1)
+    values = similarity[range(len(names)), best]
+    return pd.DataFrame({"nearest": [known[i] for i in best], "similarity": values}, index=pd.Index(names, name="type"))
+
+
+def overlap(targets: Sequence[Target], training: dict[str, list[str]], encoder: Any) -> pd.DataFrame:
+    """A row per target, its type and kind of training data: pairs, exact, nearest, similarity."""
+    names = sorted({t for target in targets for t in target.types})
+    near = {kind: nearest(names, known, encoder) for kind, known in training.items()}
+    rows = []
+    for target in targets:
+        pairs = Counter(kind for s in target.scored for kind, _ in s.pairs)
+        for kind, known in training.items():
+            for name in target.types:
+                found = near[kind].loc[name]
+                rows.append(
+                    {"target": target.name, "type": name, "training": kind, "pairs": pairs[name]}
+                    | {"exact": name in known, "nearest": found["nearest"], "similarity": float(found["similarity"])}
+                )
+    return pd.DataFrame(rows)
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per target and kind of training data, weighted by gold pairs: the exact share (%), and the mean similarity."""
+    weighted = frame.assign(
+        exact=100 * frame["exact"] * frame["pairs"], similarity=frame["similarity"] * frame["pairs"]
+    )
+    sums = weighted.groupby(["target", "training"], sort=False)[["pairs", "exact", "similarity"]].sum()
+    return sums.assign(exact=sums["exact"] / sums["pairs"], similarity=sums["similarity"] / sums["pairs"])
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The summary as a table: a row per target, two columns per kind of training data."""
+    kinds = list(dict.fromkeys(frame["training"]))
+    table = summary(frame)
+    head = ["target", "pairs", *(f"{what}, {kind}" for kind in kinds for what in ("exact name %", "similarity"))]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for target in dict.fromkeys(frame["target"]):
+        cells = [
+            f"{table.loc[(target, kind), 'exact']:.1f}|{table.loc[(target, kind), 'similarity']:.2f}" for kind in kinds
+        ]
+        lines.append(
+            [target, str(table.loc[(target, kinds[0]), "pairs"]), *(c for cell in cells for c in cell.split("|"))]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.overlap", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write overlap.csv and overlap.md there")
+    args = parser.parse_args(argv)
+    quiet()
+    try:
+        config = compose(f"target=[{TARGETS}]")
+        targets = load_targets(config["target"])
+        frame = overlap(targets, training_names(), Encoder(EncoderSpec.from_config(config["encoder"])))
+    except SamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(frame), end="")
+    if args.out:
+        write_text(args.out / "overlap.csv", frame.to_csv(index=False, float_format="%.3f"))
+        write_text(args.out / "overlap.md", markdown(frame))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
