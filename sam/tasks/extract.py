@@ -79,8 +79,9 @@ def plan(config: Mapping[str, Any]) -> Plan:
     if config["answers"] not in ("reuse", "fresh"):
         raise SamError(f"answers={config['answers']} is unknown; allowed: reuse, fresh")
     pool = Pool(config["experts"]["path"])
-    names = pool_names(pool, listed(config["experts"]["only"]), listed(config["experts"]["exclude"]))
     selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
+    only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
+    names = [] if selector == "none" else pool_names(pool, only, exclude)  # the base alone runs beside any pool
     check(selector, config["k"], config["sample_size"], names, pool, experts)
     if merge.weights is not None:
         if selector == "all_each":

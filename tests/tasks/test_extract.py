@@ -366,3 +366,13 @@ def test_the_oracle_needs_gold(composed: Compose, tmp_path: Path) -> None:
     path.write_text("a film\n")
     with pytest.raises(SamError, match="ranks by gold labels"):
         plan(composed("target=files", f"target.path={path}", "target.types=[a]", "selector=oracle"))
+
+
+def test_the_base_alone_runs_beside_experts_of_another_base(composed: Compose, pool: Pool, tmp_path: Path) -> None:
+    card = pool.folder("news") / "expert.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": "0" * 64}))
+    with pytest.raises(SamError, match="expert 'news' was trained on base"):
+        plan(composed("selector=all"))
+    assert extract(composed("selector=none"), tmp_path / "run", ["selector=none"], None) >= 0
+    result = json.loads((tmp_path / "run" / RESULT).read_text())
+    assert result["targets"]["mini_movie"]["models"]["none"]["experts"] == [] and result["experts"] == {}
