@@ -38,11 +38,12 @@ def resamples(n: int, name: str, rounds: int = ROUNDS) -> NDArray[np.float64]:
 def redrawn(runs: Sequence[Sequence[NDArray[np.float64]]], name: str) -> NDArray[np.float64]:
     """[rounds]: the mean of ``runs``, drawn with replacement in each round: trainings, then of each the seeds.
 
-    ``runs[t][s]`` [rounds] is of training ``t`` and seed ``s``. The draws are the same for a ``name`` and numbers of
-    runs, so that systems are compared in pairs. Few trainings or seeds understate their spread.
+    ``runs[t][s]`` [rounds] is of training ``t`` and seed ``s``. Trainings are the same draw for every ``name`` (a
+    target's), as one training answers on all targets; seeds are drawn by name. So systems with the same runs are
+    compared in pairs. Few trainings or seeds understate their spread.
     """
     trainings = [_drawn(np.stack(seeds), f"{name} {place}") for place, seeds in enumerate(runs)]
-    return _drawn(np.stack(trainings), f"{name} trainings")
+    return _drawn(np.stack(trainings), "trainings")
 
 
 def _drawn(runs: NDArray[np.float64], name: str) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ GROUP_LEAVES = ("name", "rule")
 class Job:
     """One job of a sweep; ``config`` is flat (dotted path to value), ``experts`` has the hash of each one's weights.
 
-    ``targets`` and ``experts`` are empty unless it is done.
+    ``targets`` is empty, and ``experts`` None, unless it is done; ``experts`` is None for old results too.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Job:
     targets: dict[str, Any] = field(default_factory=dict)
     git_commit: str = ""
     error: str = ""
-    experts: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, str] | None = None
 
 
 def load_jobs(folder: Path) -> list[Job]:
@@ -81,15 +81,15 @@ def load_finished(*folders: Path) -> list[Job]:
             f"{left[0].folder} is {left[0].state}{why}; run the sweep's command again until all jobs are done, or "
             "delete the folder of a job that was a mistake"
         )
-    known = [job for job in jobs if job.experts]
-    if known and (bare := [job for job in jobs if not job.experts]):
+    known = [job for job in jobs if job.experts is not None]
+    if known and (bare := [job for job in jobs if job.experts is None]):
         raise SamError(f"{bare[0].folder} does not say its experts' weights, as {known[0].folder} does; run it anew")
-    first: dict[tuple[Any, str], Job] = {}
-    for job in jobs:
-        for name, weights in job.experts.items():
-            other = first.setdefault((job.config.get("experts.path"), name), job)
-            if other.experts[name] != weights:
-                raise SamError(f"{other.folder} and {job.folder} had other weights of expert {name}; run both anew")
+    first: dict[tuple[Any, str], tuple[str, Path]] = {}
+    for job in known:
+        for name, weights in (job.experts or {}).items():
+            other, folder = first.setdefault((job.config.get("experts.path"), name), (weights, job.folder))
+            if other != weights:
+                raise SamError(f"{folder} and {job.folder} had other weights of expert {name}; run both anew")
     return jobs
 
 
@@ -247,7 +247,7 @@ def _done_job(path: Path) -> Job:
     config |= {f"base.{key}": value for key, value in result.get("base", {}).items() if f"base.{key}" not in config}
     overrides = tuple(result.get("overrides", ()))
     commit = str(result.get("git_commit") or "unknown")
-    return Job(path.parent, "done", overrides, config, result["targets"], commit, experts=result.get("experts", {}))
+    return Job(path.parent, "done", overrides, config, result["targets"], commit, experts=result.get("experts"))
 
 
 def _unfinished_job(path: Path, done: Sequence[Job]) -> Job:

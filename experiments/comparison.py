@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,29 +43,32 @@ LABELS = {
     "oracle": "top k by gold F1",
 }
 ORDER = (
-    *(
-        "none",
-        "unified",
-        "unified_small",
-        "expert",
-        "mean",
-        "best",
-        "each",
-        "each, vote",
-        "random",
-        "all",
-        "all_each, vote",
-    ),
-    *("random_pair", "domain", "sampling", "sam", "sameco", "oracle"),
+    "none",
+    "unified",
+    "unified_small",
+    "expert",
+    "mean",
+    "best",
+    "each",
+    "each, vote",
+    "random",
+    "all",
+    "all_each, vote",
+    "random_pair",
+    "domain",
+    "sampling",
+    "sam",
+    "sameco",
+    "oracle",
 )
-FREE = ("merge.seed", "base.fold", "base.fingerprint")
+FREE = ("merge.seed", "experts.path", "base.fold", "base.fingerprint")
 """Settings in which the jobs of a comparison may differ, beside whole groups."""
 ENOUGH = 0.25
 """The least share of a model's answers that must have been decoded in a job for its seconds to say anything."""
 
 
 Run = tuple[str, int]
-"""The training (the fingerprint of the base model with its warm start) and the seed."""
+"""The training (the pool, and the fingerprint of the base model with its warm start) and the seed."""
 
 
 @dataclass
@@ -143,20 +146,26 @@ class Comparison:
         return tp / gold if gold else float("nan")
 
     def f1_value(self, row: Row, target: str) -> float:
-        """F1 (0 to 1) of a row, mean over runs (and over targets for ``mean``)."""
-        names = self.targets if target == MEAN else [target]
-        return statistics.fmean(
-            statistics.fmean(bootstrap.f1(c) for c in models) for t in names for models in row.at(t).counts.values()
-        )
+        """F1 (0 to 1) of a row, mean over trainings of means over seeds (and over targets for ``mean``)."""
+        if target == MEAN:
+            return statistics.fmean(self.f1_value(row, t) for t in self.targets)
+        by_training = _nested(row.at(target), lambda models: statistics.fmean(map(bootstrap.f1, models)))
+        return statistics.fmean(map(statistics.fmean, by_training))
 
     def _replicates(self, row: Row, target: str) -> Any:
         if target == MEAN:
             return bootstrap.mean([self._replicates(row, t) for t in self.targets])
         weights = _resamples(len(self.sentences[target]), target)
-        runs: dict[str, list[Any]] = {}
-        for (training, _), models in sorted(row.at(target).counts.items()):
-            runs.setdefault(training, []).append(bootstrap.mean([bootstrap.f1_of(c, weights) for c in models]))
-        return bootstrap.redrawn(list(runs.values()), target)
+        runs = _nested(row.at(target), lambda models: bootstrap.mean([bootstrap.f1_of(c, weights) for c in models]))
+        return bootstrap.redrawn(runs, target)
+
+
+def _nested(outcome: Outcome, value: Callable[[list[Counts]], Any]) -> list[list[Any]]:
+    """``value`` of each run's models: a list per training, in order, of one per seed."""
+    by_training: dict[str, list[Any]] = {}
+    for (training, _), models in sorted(outcome.counts.items()):
+        by_training.setdefault(training, []).append(value(models))
+    return list(by_training.values())
 
 
 _resamples = cache(bootstrap.resamples)
@@ -165,8 +174,8 @@ _resamples = cache(bootstrap.resamples)
 def compare(folder: Path) -> Comparison:
     """Read a sweep of ``experiment=main_table``.
 
-    Raises SamError for unfinished jobs, and for jobs that differ in more than selector, combination and seed, or in
-    their sentences.
+    Raises SamError for unfinished jobs, for jobs that differ in more than selector, combination, seed and pool (with
+    its start), or in their sentences, and for rows of other pools than the baseline's.
     """
     jobs = load_finished(folder)
     for job in jobs[1:]:
@@ -178,7 +187,12 @@ def compare(folder: Path) -> Comparison:
     for needed in (BASELINE, METHOD):
         if needed not in comparison.rows:
             raise SamError(f"{folder} has no job of {needed}; it is made by `python run.py experiment=main_table`")
+    trainings = {training for training, _ in comparison.rows[BASELINE].runs}
     for row in comparison.rows.values():
+        if {training for training, _ in row.runs} != trainings:
+            raise SamError(
+                f"{folder}: {row.label} was not run with the same pools as {BASELINE}; run it with all of them"
+            )
         if len(set(row.runs)) < len(row.runs):
             raise SamError(f"{folder} has two jobs of {row.label} with one pool and seed; move one of them away")
     _add_expert_rows(comparison)
@@ -189,7 +203,7 @@ def compare(folder: Path) -> Comparison:
 def _check_alike(first: Job, job: Job) -> None:
     """Refuse jobs of other settings: they would be taken for other runs of the same system. Pools of several trainings
     of the same experts may differ."""
-    free = (*RIM, "selector", "combine", "seed", "experts")
+    free = (*RIM, "selector", "combine", "seed")
     known = {p for p in (*first.config, *job.config) if p.split(".")[0] not in free and p not in FREE}
     if other := sorted(p for p in known if first.config.get(p) != job.config.get(p)):
         raise SamError(f"{first.folder} and {job.folder} differ in {other[0]}; compare jobs of the same settings")
@@ -220,7 +234,7 @@ def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
 def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], float]) -> None:
     """Add a job's systems to the rows: its combination, and for the union of ``each`` every expert too."""
     selector, rows = str(job.config["selector.name"]), read_predictions(job)
-    run = (str(job.config.get("base.fingerprint")), int(job.config["seed"]))
+    run = (training_of(job), int(job.config["seed"]))
     if not rows:
         raise SamError(f"{job.folder / PREDICTIONS} is missing; delete {job.folder} and run the sweep again")
     touched = set()
@@ -234,6 +248,7 @@ def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], fl
         if selector == "each" and job.config["combine.rule"] == "union":
             for name, model in result["models"].items():
                 row = _row(comparison, f"expert {name}", "expert")
+                row.runs = row.runs if run in row.runs else [*row.runs, run]
                 row.at(target).add(run, _counts(lines, name), _figures(model["scores"], costs[keys[name]]))
         row = _row(comparison, *_label(job))
         row.gold = result["labels_used_for_selection"]
@@ -241,6 +256,11 @@ def _read(job: Job, comparison: Comparison, seconds: Mapping[tuple[str, str], fl
         touched.add(row.label)
     for label in touched:
         comparison.rows[label].runs.append(run)
+
+
+def training_of(job: Job) -> str:
+    """What tells the pools of a comparison apart."""
+    return f"{job.config.get('experts.path')} {job.config.get('base.fingerprint')}"
 
 
 def kind_of(job: Job) -> str:
@@ -281,9 +301,11 @@ def _figures(scores: Mapping[str, Any], seconds: float) -> dict[str, float]:
 
 @cache
 def known_types() -> frozenset[str]:
-    """The names of the types of all sources that the unified model, and the experts together, are trained on."""
-    datasets = [d for part in compose("domain=unified")["domain"]["domains"] for d in part]
-    return frozenset(t for dataset in datasets for t in corpora.spec(dataset).types)
+    """The names of the types of all sources that the unified model, and the experts together, are trained on.
+
+    The open types, where they are trained on too, add no name of a target's type.
+    """
+    return corpora.type_names(d for part in compose("domain=unified")["domain"]["domains"] for d in part)
 
 
 def _by_name(per_type: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

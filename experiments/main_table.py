@@ -20,7 +20,18 @@ from typing import Any
 from experiments import bootstrap
 from experiments.bootstrap import Interval
 from experiments.collect import MEAN, Job, read_predictions
-from experiments.comparison import BASELINE, FAULTS, METHOD, NAMES, RATIOS, Comparison, Row, compare, kind_of
+from experiments.comparison import (
+    BASELINE,
+    FAULTS,
+    METHOD,
+    NAMES,
+    RATIOS,
+    Comparison,
+    Row,
+    compare,
+    kind_of,
+    training_of,
+)
 from experiments.render import escape, records_csv
 from sam.errors import SamError
 from sam.prompts import align
@@ -243,13 +254,14 @@ def write(folder: Path, out: Path) -> Comparison:
     for old in (out / "predictions").glob("*.jsonl.xz"):
         old.unlink()
     kept = []
+    trainings = sorted({training_of(job) for job in comparison.jobs})
     for job in comparison.jobs:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in textless(job)).encode()
         if text not in files:
             files[text] = f"predictions/{job.folder.name}.jsonl.xz"
             (out / files[text]).write_bytes(lzma.compress(text))
         said = {"job": job.folder.name, "system": kind_of(job), "seed": int(job.config["seed"])}
-        said["training"] = str(job.config.get("base.fingerprint"))[:16]
+        said["training"] = trainings.index(training_of(job))
         kept.append({**said, "file": files[text]})
     head = {"commits": comparison.commits, "sentences": comparison.sentences, "rounds": bootstrap.ROUNDS}
     head["predictions"] = kept

@@ -30,7 +30,7 @@ TARGETS = "crossner_ai,crossner_literature,crossner_music,crossner_politics,cros
 
 def training_names() -> dict[str, list[str]]:
     """The type names of each kind of training data, sorted."""
-    opened = {t for s in corpora.load("open_types", "train") for t in s.types or ()}
+    opened = corpora.type_names(["open_types"])
     return {"sources": sorted(known_types()), "with open types": sorted(known_types() | opened)}
 
 
@@ -51,10 +51,10 @@ def overlap(targets: Sequence[Target], training: dict[str, list[str]], encoder: 
         pairs = Counter(kind for s in target.scored for kind, _ in s.pairs)
         for kind, known in training.items():
             for name in target.types:
-                found = near[kind].loc[name]
+                best = near[kind].loc[name]
                 rows.append(
                     {"target": target.name, "type": name, "training": kind, "pairs": pairs[name]}
-                    | {"exact": name in known, "nearest": found["nearest"], "similarity": float(found["similarity"])}
+                    | {"exact": name in known, "nearest": best["nearest"], "similarity": float(best["similarity"])}
                 )
     return pd.DataFrame(rows)
 

@@ -44,7 +44,7 @@ def kept(folder: Path, gold: Gold | None = None) -> Comparison:
     rows: dict[str, Row] = {}
     for job in head["predictions"]:
         row = rows.setdefault(job["system"], Row(job["system"], job["system"]))
-        run = (job.get("training", ""), job["seed"])
+        run = (str(job.get("training", 0)), job["seed"])
         row.runs.append(run)
         for target, ids in head["sentences"].items():
             combined = {line["id"]: line["combined"] for line in files[job["file"]] if line["target"] == target}

@@ -9,36 +9,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sam.base import staged
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Card
 from sam.experts.modelcard import write_readme
+from sam.merging import AdapterDeltas
 
 
 def scaled(expert: Path, scale: float, out: Path) -> Card:
     """Write the copy into ``out``, a new folder; returns its card. Raises SamError if it cannot be made."""
-    if not scale > 0:
-        raise SamError(f"λ={scale} must be above 0")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise SamError(f"λ={scale} must be a number above 0")
     if out.exists():
         raise SamError(f"{out} is there already; name another folder")
     card = Card.read(expert)
-    if missing := [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (expert / name).is_file()]:
-        raise SamError(f"{expert} has no {missing[0]}; it is no expert that can be copied")
+    AdapterDeltas.open(expert)  # refuses what is missing, damaged, or no plain LoRA
     config = json.loads((expert / CONFIG_FILE).read_text(encoding="utf-8"))
     config["lora_alpha"] *= scale
-    card = replace(
-        card, name=out.name, recipe={**card.recipe, "scaled": scale}, scores={"datasets": {}, "mean_f1": 0.0}
-    )
-    out.mkdir(parents=True)
-    shutil.copyfile(expert / WEIGHTS_FILE, out / WEIGHTS_FILE)
-    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_readme(out, card)
-    card.write(out)
+    # Without the recipe's hash: by no recipe can it be trained.
+    recipe = {k: v for k, v in card.recipe.items() if k != "hash"} | {"alpha": config["lora_alpha"], "scaled": scale}
+    card = replace(card, name=out.name, recipe=recipe, scores={"datasets": {}, "mean_f1": 0.0})
+    with staged(out) as stage:
+        shutil.copyfile(expert / WEIGHTS_FILE, stage / WEIGHTS_FILE)
+        (stage / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_readme(stage, card)
+        card.write(stage)
     return card
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from experiments.figures import COLOURS, MARKERS
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, Card
-from sam.experts.train import MEASURES
+from sam.experts.data import MEASURES
 from sam.results import write_text
 
 ALWAYS = ("domain", "start", "sentences", "open_sentences", "seed")
@@ -30,31 +30,35 @@ ALWAYS = ("domain", "start", "sentences", "open_sentences", "seed")
 UNSHOWN = ("hash", *MEASURES)
 
 
-def rows(folder: Path) -> pd.DataFrame:
-    """A row per expert under ``folder``, sorted by its path. Raises SamError where there is none."""
-    found = [_row(path.parent, folder) for path in sorted(folder.rglob(CARD_FILE))]
-    if not found:
+def rows(folder: Path, only: str = "") -> pd.DataFrame:
+    """A row per expert under ``folder`` whose path in it contains ``only``, sorted by path. Raises SamError if there is
+    none. Folders whose name starts with a dot belong to trainings that have not ended."""
+    hidden = {path for path in folder.rglob(CARD_FILE) if "/." in f"/{path.relative_to(folder)}"}
+    lines = [_row(path.parent, folder) for path in sorted({*folder.rglob(CARD_FILE)} - hidden)]
+    if not lines:
         raise SamError(f"{folder} holds no expert; train some into it: run.py task=train task.out={folder}/NAME")
-    frame = pd.DataFrame(found)
-    recipe = [c for c in frame.columns if c.startswith("recipe.")]
-    same = [c for c in recipe if frame[c].nunique(dropna=False) == 1 and c.removeprefix("recipe.") not in ALWAYS]
+    frame = pd.DataFrame([line for line in lines if only in line["training"]])
+    if frame.empty:
+        raise SamError(f"--only={only} leaves no training of {folder}")
+    varied = [c for c in frame.columns if c.startswith("recipe.") or c.endswith("unseen pairs")]
+    same = [c for c in varied if frame[c].nunique(dropna=False) == 1 and c.removeprefix("recipe.") not in ALWAYS]
     return frame.drop(columns=same).rename(columns=lambda c: c.removeprefix("recipe."))
 
 
 def _row(expert: Path, root: Path) -> dict[str, Any]:
     card = Card.read(expert)
-    scores = card.scores
-    measured: dict[str, Any] = {"held-out F1": scores["mean_f1"] if scores.get("datasets") else None}
-    for split, found in (scores.get("open") or {}).items():
-        measured |= {f"open {split} F1": found["f1"], f"open {split} unseen recall": found["unseen_recall"]}
+    measured: dict[str, Any] = {"held-out F1": card.scores["mean_f1"] if card.scores.get("datasets") else None}
+    for split, scores in (card.scores.get("open") or {}).items():
+        measured |= {f"open {split} F1": scores["f1"], f"open {split} unseen recall": scores["unseen_recall"]}
+        measured[f"open {split} unseen pairs"] = scores["unseen_gold"]  # shown where rows differ, and do not compare
     return {
-        "training": str(expert.relative_to(root).parent if expert != root else expert.name),
+        "training": expert.name if expert == root else str(expert.relative_to(root)),
         "domain": card.domain,
         "start": (card.base_fold or "none")[:8],
         **{f"recipe.{k}": v for k, v in card.recipe.items() if k not in UNSHOWN},
         "recipe.sentences": card.sentences,
-        "steps": card.training["steps"],
-        "minutes": round(card.training["seconds"] / 60, 1),
+        "steps": card.training.get("steps"),
+        "minutes": round(card.training.get("seconds", 0.0) / 60, 1),
         **measured,
     }
 
@@ -70,7 +74,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def curve(frame: pd.DataFrame) -> Figure:
-    """F1 (%) against the number of open-type sentences, a line per held-out set; points of several seeds one each."""
+    """F1 (%) against the number of open-type sentences, a line per held-out set through the means of its points."""
+    if "open_sentences" not in frame:
+        raise SamError("no training has open sentences; a curve needs some")
     figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     for i, name in enumerate(c for c in frame.columns if c.endswith("F1")):
         points = frame.dropna(subset=[name]).sort_values("open_sentences")
@@ -95,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: printed only)")
     parser.add_argument("--curve", action="store_true", help="draw the scores against the number of open sentences")
     args = parser.parse_args(argv)
+    if args.curve and not args.out:
+        parser.error("--curve needs --out")
     try:
-        frame = rows(args.folder)
-        frame = frame[frame["training"].str.contains(args.only, regex=False)]
-        if frame.empty:
-            raise SamError(f"--only={args.only} leaves no training of {args.folder}")
+        frame = rows(args.folder, args.only)
+        figure = curve(frame) if args.curve else None
     except SamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         write_text(args.out / "trainings.csv", frame.to_csv(index=False, float_format="%.4f"))
         write_text(args.out / "trainings.md", markdown(frame))
-        if args.curve:
-            curve(frame).savefig(args.out / "curve.svg", metadata={"Date": None})
+        if figure is not None:
+            figure.savefig(args.out / "curve.svg", metadata={"Date": None})
     return 0
 
 

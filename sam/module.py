@@ -64,7 +64,7 @@ class SamModule(L.LightningModule):
 
     def _ask(self, expert: str, texts: Sequence[str]) -> list[Prediction]:
         """What one expert alone finds, for selection."""
-        return self.engine.predict_all([expert], SINGLE, [(self.target.asked(text), text) for text in texts])
+        return self.engine.predict_all([expert], SINGLE, [(self.target.types_of_text(text), text) for text in texts])
 
     def setup(self, stage: str) -> None:
         """Select, once. Raises SamError where a target without gold is to be scored."""
@@ -95,7 +95,7 @@ class SamModule(L.LightningModule):
 
     def _step(self, batch: list[Sentence], loader: int) -> list[Prediction]:
         name = list(self.selections)[loader]
-        asked = [(self.target.asked(s.text), s.text) for s in batch]
+        asked = [(self.target.types_of(s), s.text) for s in batch]
         found = self.engine.predict_all(self.selections[name].experts, self.merge, asked)
         self.predictions[name].update({s.id: p for s, p in zip(batch, found, strict=True)})
         return found
@@ -130,10 +130,9 @@ class SamModule(L.LightningModule):
         """Sentence id -> the task models' predictions combined, for the sentences that all have answered."""
         models = list(self.predictions.values())
         voices = [len(self.selections[name].experts) for name in self.predictions]
-        texts = {s.id: s.text for s in self.target.sentences}
-        done = [i for i in texts if all(i in found for found in models)]
+        done = [s for s in self.target.sentences if all(s.id in predicted for predicted in models)]
         return {
-            i: combine([m[i] for m in models], texts[i], self.rule, self.target.asked(texts[i]), voices) for i in done
+            s.id: combine([m[s.id] for m in models], s.text, self.rule, self.target.types_of(s), voices) for s in done
         }
 
     def scores(self) -> dict[str, Scores]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,22 @@ class Target:
     """What SaM is asked: ``sentences`` to extract ``types`` from, and ``unlabelled`` texts that selection may see.
 
     Sentences with gold mentions (of ``types`` only) are scored; their gold is never used to select, but by the oracle.
+    ``own_types``: of unlabelled texts that are to be asked for types of their own.
     """
 
     name: str
     types: tuple[str, ...]
     sentences: tuple[Sentence, ...]
     unlabelled: tuple[str, ...]
+    own_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    @cached_property
-    def _own_types(self) -> dict[str, tuple[str, ...]]:
-        return {s.text: s.types for s in self.sentences if s.types is not None}
+    def types_of(self, sentence: Sentence) -> tuple[str, ...]:
+        """The entity types that a sentence is asked for: its own, if it has some, else the target's."""
+        return self.types if sentence.types is None else sentence.types
 
-    def asked(self, text: str) -> tuple[str, ...]:
-        """The entity types that ``text`` is asked for: its sentence's own, if it has some, else the target's."""
-        return self._own_types.get(text, self.types)
+    def types_of_text(self, text: str) -> tuple[str, ...]:
+        """As :meth:`types_of`, of a text that selection sees."""
+        return self.own_types.get(text, self.types)
 
     @property
     def scored(self) -> tuple[Sentence, ...]:
@@ -98,10 +99,16 @@ def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Targ
     if part["kind"] == "mini":
         return mini(part["dataset"], name)
     if part["kind"] == "corpus":
-        sentences = corpora.load(part["dataset"], part["split"])
-        unlabelled = [s.text for s in corpora.load(part["dataset"], part["unlabelled"])]
-        return Target(name, tuple(entity_types(sentences)), tuple(sentences), tuple(unlabelled))
+        return _from_corpus(name, part)
     return _from_files(name, config)
+
+
+def _from_corpus(name: str, part: Mapping[str, Any]) -> Target:
+    sentences, others = (corpora.load(part["dataset"], part[split]) for split in ("split", "unlabelled"))
+    left_out = {s.text for s in corpora.load(part["dataset"], part["without"])} if part.get("without") else set()
+    kept = tuple(s for s in sentences if s.text not in left_out)
+    own_types = {s.text: s.types for s in (*others, *sentences) if s.types is not None}
+    return Target(name, tuple(entity_types(sentences)), kept, tuple(s.text for s in others), own_types)
 
 
 def _from_files(name: str, config: Mapping[str, Any]) -> Target:
@@ -163,8 +170,10 @@ def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool) -> Targe
     if not target.sentences:
         raise SamError(f"target {target.name} has no sentences; give at least one")
     asked = set(types)
-    sentences = tuple(_of_types(s, asked) for s in target.sentences)
-    return replace(target, types=tuple(types), sentences=sentences)
+    sentences = tuple(_of_types(s, asked) for s in target.sentences if s.types is None or asked & set(s.types))
+    own_types = {text: tuple(t for t in own if t in asked) for text, own in target.own_types.items()}
+    unlabelled = tuple(text for text in target.unlabelled if own_types.get(text) != ())
+    return replace(target, types=tuple(types), sentences=sentences, unlabelled=unlabelled, own_types=own_types)
 
 
 def _of_types(sentence: Sentence, asked: set[str]) -> Sentence:

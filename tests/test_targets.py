@@ -11,7 +11,7 @@ import pytest
 from sam import corpora
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner import Mention
+from sam.ner import Mention, Sentence
 from sam.targets import MISC, load_targets, mini
 from tests.tiny import one_line
 
@@ -272,12 +272,30 @@ def test_limit_takes_the_first_or_draws_by_its_seed() -> None:
 
 
 def test_open_sentences_keep_their_own_types() -> None:
-    (target,) = load_targets(compose("target=open_types")["target"], limit=5)
-    assert all(target.asked(s.text) == s.types and len(s.types or ()) > 1 for s in target.sentences)
-    assert target.asked("another text") == target.types
+    (target, _) = load_targets(compose("target=open_types")["target"], limit=5)
+    assert len(target.sentences) == 5 and all(target.types_of(s) == s.types for s in target.sentences)
+    # Also of the texts beyond the limit, which selection may sample.
+    whole = {s.text: s.types for s in corpora.load("open_types", "dev")}
+    assert len(target.unlabelled) == len(whole) == 240
+    assert all(target.types_of_text(text) == whole[text] != target.types for text in target.unlabelled)
+    assert target.types_of_text("another text") == target.types
     assert {t for s in target.sentences for t in s.types or ()} <= set(target.types)
     assert any(set(s.types or ()) - {m.type for m in s.mentions or ()} for s in target.sentences)  # some are absent
-    (narrow,) = load_targets(compose("target=open_types", "target.types=[date,country]")["target"], limit=5)
+    (narrow, _) = load_targets(compose("target=open_types", "target.types=[date,country]")["target"])
+    kept = [s for s in corpora.load("open_types", "dev") if {"date", "country"} & set(s.types or ())]
+    assert [s.id for s in narrow.sentences] == [s.id for s in kept]  # the others would be asked for nothing
     assert [s.types for s in narrow.sentences] == [
-        tuple(t for t in s.types or () if t in ("date", "country")) for s in target.sentences
+        tuple(t for t in s.types or () if t in ("date", "country")) for s in kept
     ]
+    assert set(narrow.unlabelled) == {s.text for s in kept}
+
+
+def test_texts_of_another_split_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"test": ["a", "b", "c"], "train": ["b", "d"]}
+    monkeypatch.setattr(
+        corpora, "load", lambda dataset, split: [Sentence(t, t, (Mention(0, 1, "x"),)) for t in texts[split]]
+    )
+    part = {"kind": "corpus", "dataset": "toy", "split": "test", "unlabelled": "train"}
+    (plain,), (without,) = (load_targets(config({"t": options})) for options in (part, {**part, "without": "train"}))
+    assert [s.text for s in plain.sentences] == ["a", "b", "c"] and plain.unlabelled == ("b", "d")
+    assert [s.text for s in without.sentences] == ["a", "c"] and without.unlabelled == ("b", "d")

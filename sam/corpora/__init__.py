@@ -2,6 +2,6 @@
 
 from sam.corpora.catalogue import DatasetSpec, datasets, spec
 from sam.corpora.files import read_file
-from sam.corpora.loading import Loaded, load, load_report
+from sam.corpora.loading import Loaded, load, load_report, type_names
 
-__all__ = ["DatasetSpec", "Loaded", "datasets", "load", "load_report", "read_file", "spec"]
+__all__ = ["DatasetSpec", "Loaded", "datasets", "load", "load_report", "read_file", "spec", "type_names"]

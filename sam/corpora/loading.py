@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -67,6 +67,15 @@ def load_report(dataset_id: str, split: str) -> Loaded:
     if counts:
         log.info("%s/%s: %s", dataset_id, split, ", ".join(f"{n} {name}" for name, n in sorted(counts.items())))
     return Loaded(sentences, dict(counts), read, labels.total() + lost, dict(labels))
+
+
+def type_names(dataset_ids: Iterable[str]) -> frozenset[str]:
+    """The names of all entity types of these datasets; of open types, those of the sentences to train on."""
+    names: set[str] = set()
+    for dataset in map(spec, dataset_ids):
+        opened = load(dataset.id, "train") if dataset.role == "open" else []
+        names.update(dataset.types, *(s.types or () for s in opened))
+    return frozenset(names)
 
 
 def joined(draft: Draft, mark: str, counts: Counter[str]) -> Draft:

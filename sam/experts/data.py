@@ -34,6 +34,9 @@ DATA_VERSION = 4
 OPEN = "open_types"
 """The dataset whose sentences each have entity types of their own."""
 
+MEASURES = ("heldout", "heldout_open")
+"""The parts of a recipe that do not change what is learnt."""
+
 SCIENTIFIC = ("biomedical", "stem")
 """Domains of scientific text; all others are everyday text."""
 
@@ -48,7 +51,8 @@ class Recipe:
     with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``answer`` the form of answers (see
     :func:`sam.prompts.answer`), ``max_length`` the most tokens of a sentence and its answer (beside those of the
     prompt's types). ``open_sentences`` of the dataset :data:`OPEN` are mixed in (0: none), in batches of
-    ``open_batch_size``; label drop, negatives and detokenising do not apply to them.
+    ``open_batch_size``; label drop, negatives, ``max_types`` and detokenising do not apply to them. ``heldout`` (per
+    dataset) and ``heldout_open`` (per split) sentences are for scoring the finished expert.
     """
 
     sentences: int = 5000

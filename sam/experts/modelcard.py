@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam.experts.card import HELDOUT_CHARACTERS, Card
+from sam.experts.data import MEASURES
 
 CURVE = 8
 """The most points of the loss curve that are shown; the card has all."""
@@ -21,9 +22,7 @@ def write_readme(folder: Path, card: Card) -> None:
         "unified": "The unified baseline",
         "start": "The common start, which is folded into the base model before experts are trained,",
     }[card.role]
-    stated = ", ".join(
-        f"`{k}={v}`" for k, v in recipe.items() if k not in ("hash", "heldout", "heldout_open", "precision")
-    )
+    stated = ", ".join(f"`{k}={v}`" for k, v in recipe.items() if k not in ("hash", "precision", *MEASURES))
     text = f"""---
 base_model: {card.base}
 library_name: peft
@@ -68,13 +67,13 @@ def _curve(points: Sequence[Sequence[float]]) -> str:
 
 
 def _open(card: Card) -> str:
-    """What the card has of the held-out open types."""
-    found = card.scores.get("open") or {}
-    if not found:
+    """A table of the scores on the held-out open types; nothing if there are none."""
+    scores = card.scores.get("open") or {}
+    if not scores:
         return ""
     rows = [
         f"| open_types/{split} | {s['n']} | " + " | ".join(f"{100 * s[m]:.1f}" for m in ("precision", "recall", "f1"))
-        for split, s in found.items()
+        for split, s in scores.items()
     ]
     head = "| held-out open types | n | P | R | F1 |\n| --- | ---: | ---: | ---: | ---: |\n"
     return head + "\n".join(f"{row} |" for row in rows) + "\n\n"

@@ -22,7 +22,8 @@ MOST = 512
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one sentence, as the prompt's ``suffix``, and its answer: the loss is on the last ``answer``."""
+    """Token ids of one sentence, as the part of the prompt that is its own, and its answer: the loss is on the last
+    ``answer``."""
 
     ids: tuple[int, ...]
     answer: int
@@ -30,7 +31,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of sentences that are asked for the same types, and the token ids of the prompt's ``prefix``."""
+    """Examples, and the token ids of the part of the prompt that they share: the ``prefix`` of sentences that are asked
+    for the same types, nothing where each has types of its own."""
 
     prefix: tuple[int, ...]
     examples: tuple[Example, ...]

@@ -24,7 +24,7 @@ from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, HELDOUT_CHARACTERS, WEIGHTS_FILE, Card
-from sam.experts.data import DATA_VERSION, OPEN, ExpertDataModule, Recipe
+from sam.experts.data import DATA_VERSION, MEASURES, OPEN, ExpertDataModule, Recipe
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
 from sam.experts.packing import most_packed
@@ -38,9 +38,6 @@ log = logging.getLogger(__name__)
 KEPT = ("n", "precision", "recall", "f1", "span_f1", "unparsable", "truncated", "not_in_sentence")
 """The scores that a card holds of each dataset."""
 
-MEASURES = ("heldout", "heldout_open")
-"""The parts of a recipe that do not change what is learnt."""
-
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """Lightning's precisions that leave the base model's weights as they are (``bf16-true`` would cast them in place)."""
 
@@ -51,7 +48,8 @@ TRAINER = ("accelerator", "devices", "precision", "enable_progress_bar")
 
 def recipe_hash(base: Base, domains: Sequence[Sequence[str]], recipe: Recipe, precision: str) -> str:
     """The hash of all that decides what is learnt; what only measures (:data:`MEASURES`) is left out."""
-    learnt = {k: v for k, v in recipe.to_dict().items() if k not in MEASURES}
+    unused = () if recipe.open_sentences else ("open_sentences", "open_batch_size")
+    learnt = {k: v for k, v in recipe.to_dict().items() if k not in (*MEASURES, *unused)}
     parts = [base.fingerprint, prompts.PROMPT_VERSION, DATA_VERSION, [list(d) for d in domains], learnt, precision]
     parts += [] if base.dtype == "float32" else [base.dtype]
     if recipe.open_sentences:
@@ -102,6 +100,8 @@ def train_expert(
     if done is not None and all(getattr(recipe, m) in (0, done.recipe.get(m)) for m in MEASURES):
         log.info("%s is already trained with this recipe; nothing to do", folder)
         return folder, done
+    if done is not None:  # what is not asked for anew is measured as it was
+        recipe = replace(recipe, **{m: getattr(recipe, m) or done.recipe.get(m, 0) for m in MEASURES})
     data = ExpertDataModule(domains, base.tokenizer, base.stop_ids[0], recipe)
     data.setup()
     sentences, types = data.sentences, data.types
@@ -278,11 +278,14 @@ def score_heldout(
     """Scores of the saved adapter on held-out sentences: of each dataset, asked for all its types, and their mean F1;
     and of each split of the open types, each sentence asked for its own."""
     splits = {dataset: str(held_split(dataset)) for dataset, sentences in heldout.items() if sentences}
-    asked = {d: (entity_types(corpora.load(d, split)), heldout[d]) for d, split in splits.items()}
-    found = score_adapter(base, folder, {**asked, **{f"{OPEN}/{s}": ([], held) for s, held in opened.items()}}, decode)
-    by_dataset = {dataset: {"split": split, **found[dataset]} for dataset, split in splits.items()}
+    asked: dict[str, tuple[Sequence[str], Sequence[Sentence]]] = {
+        d: (entity_types(corpora.load(d, split)), heldout[d]) for d, split in splits.items()
+    }
+    asked |= {f"{OPEN}/{split}": ([], held) for split, held in opened.items()}
+    scores = score_adapter(base, folder, asked, decode)
+    by_dataset = {dataset: {"split": split, **scores[dataset]} for dataset, split in splits.items()}
     mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
-    return {"datasets": by_dataset, "mean_f1": mean, "open": {split: found[f"{OPEN}/{split}"] for split in opened}}
+    return {"datasets": by_dataset, "mean_f1": mean, "open": {split: scores[f"{OPEN}/{split}"] for split in opened}}
 
 
 def score_adapter(
@@ -325,6 +328,4 @@ def _unseen(scores: Scores) -> dict[str, Any]:
 
 def training_types() -> frozenset[str]:
     """The entity types of all source datasets and of all open-type sentences that experts may be trained on."""
-    sources = (s.types for s in map(corpora.spec, corpora.datasets()) if s.role == "source")
-    opened = (s.types or () for s in corpora.load(OPEN, "train"))
-    return frozenset(t for types in (*sources, *opened) for t in types)
+    return corpora.type_names(d for d in corpora.datasets() if corpora.spec(d).role in ("source", "open"))

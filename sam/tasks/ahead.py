@@ -82,7 +82,7 @@ def sample(
 ) -> None:
     """What each expert answers on the sampled sentences of all targets."""
     asked = [
-        (target.asked(target.unlabelled[i]), target.unlabelled[i])
+        (target.types_of_text(target.unlabelled[i]), target.unlabelled[i])
         for target in targets
         for i in sampling.draw(target.unlabelled, size, seed, target.name)
     ]
@@ -104,7 +104,7 @@ def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress)
     took: dict[str, dict[str, Spent]] = {name: {} for name in modules}
     for group in groups.values():
         targets = [modules[n].target for n, _ in group]
-        asked = [(target.asked(s.text), s.text) for target in targets for s in target.sentences]
+        asked = [(target.types_of(s), s.text) for target in targets for s in target.sentences]
         first = modules[group[0][0]]
         before = {**engine.seconds}, engine.counts["decoded"]
         engine.predict_all(first.selections[group[0][1]].experts, first.merge, asked, step)

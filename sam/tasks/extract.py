@@ -86,6 +86,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     if merge.weights is not None:
         if selector == "all_each":
             raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
+        if selector == "none":
+            raise SamError("merge.weights fits no selector=none, which merges nothing; remove one of the two")
         chosen = {"named": len(experts), "all": len(names), "each": 1}.get(selector, config["k"])
         if len(merge.weights) != chosen:
             raise SamError(f"merge.weights has {len(merge.weights)} values for {chosen} experts; give one an expert")
@@ -189,7 +191,7 @@ def facts(planned: Plan) -> dict[str, Any]:
     from sam.base import folder, identity, settings_hash
 
     experts = {n: [h, planned.pool.cards[n].encoder, planned.pool.cards[n].centroid] for n, h in planned.hashes.items()}
-    data = repr([(t.name, t.types, t.sentences, t.unlabelled) for t in planned.targets])
+    data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
     return {
         "schema": SCHEMA,
         "prompt": prompts.PROMPT_VERSION,

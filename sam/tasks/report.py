@@ -49,7 +49,7 @@ def prediction_rows(module: Any) -> list[dict[str, Any]]:
             "id": s.id,
             "text": s.text,
             "gold": None if s.mentions is None else [_mention(m) for m in s.mentions],
-            "prompt": prompts.render(target.asked(s.text), s.text),
+            "prompt": prompts.render(target.types_of(s), s.text),
             "models": {
                 name: {"answer": found[s.id].answer, **_found(found[s.id])}
                 for name, found in module.predictions.items()

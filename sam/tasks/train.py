@@ -26,6 +26,10 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     domain, recipe = config["domain"], Recipe.from_config(config["train"])
     decode = DecodeSpec.from_config(config["decode"])
     for dataset in (d for part in domain["domains"] for d in part):
+        if corpora.spec(dataset).role == "open":
+            raise SamError(
+                f"domain={domain['name']}: {dataset} is mixed in by train.open_sentences, not by domain.domains"
+            )
         if "train" not in corpora.spec(dataset).splits:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
     if domain["role"] == "start" and config["base"].get("fold"):

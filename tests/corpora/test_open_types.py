@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from sam import corpora
+from sam.corpora.readers import OpenTypes, Source
+from sam.errors import SamError
 
 FOLDER = Path(__file__).parents[2] / "sam" / "corpora" / "open_types"
 FILES = sorted(path.name for path in FOLDER.glob("*.jsonl"))
@@ -67,7 +69,10 @@ def test_the_forbidden_names_are_those_of_the_targets() -> None:
 def test_the_loader_marks_every_pair(split: str) -> None:
     report = corpora.load_report("open_types", split)
     assert not report.counts
-    assert all(len(s.mentions or ()) >= len(s.pairs) and s.types for s in report.sentences)
+    written = [line for path in corpora.spec("open_types").paths(split) for line in lines(path)]
+    for sentence, line in zip(report.sentences, written, strict=True):
+        assert set(sentence.pairs) == {(kind, surface) for kind, surface in line["mentions"]}
+        assert set(sentence.types or ()) == {*(kind for kind, _ in line["mentions"]), *line["absent"]}
     declared = corpora.spec("open_types").split(split)
     assert (report.read_sentences, report.read_mentions) == (declared.sentences, declared.mentions)
 
@@ -76,7 +81,9 @@ def test_training_and_held_out_files_are_apart_and_all_are_used() -> None:
     spec = corpora.spec("open_types")
     used = [path for split in spec.splits for path in spec.paths(split)]
     assert sorted(used) == FILES == sorted(spec.files)
-    assert {path for path in spec.paths("train") if path.startswith("l_held_out")} == set()
+    assert len(used) == len(set(used))
+    texts = {split: {normal(s.text) for s in corpora.load("open_types", split)} for split in spec.splits}
+    assert not texts["train"] & (texts["dev"] | texts["dev_schemas"])
 
 
 def test_no_text_stands_twice() -> None:
@@ -92,6 +99,22 @@ def test_some_sentences_have_no_mention_and_most_types_are_rare() -> None:
     assert 0.04 < empty < 0.12
     asked = Counter(kind for line in train for kind in {*(k for k, _ in line["mentions"]), *line["absent"]})
     assert len(asked) > 10_000 and sum(n <= 3 for n in asked.values()) > len(asked) / 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '{"text": "a"}',
+        '{"text": 5, "mentions": [], "absent": []}',
+        '{"text": "a", "mentions": [[1, "a"]], "absent": []}',
+        '{"text": "a", "mentions": [["x"]], "absent": []}',
+    ],
+)
+def test_a_line_of_another_form_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "mentions": [], "absent": ["x"]}\n\n' + line + "\n")
+    with pytest.raises(SamError, match=r"a.jsonl:3: not an object with text, mentions and absent"):
+        list(OpenTypes().read(Source({"a.jsonl": tmp_path / "a.jsonl"}), Counter()))
 
 
 @pytest.mark.skipif(not os.environ.get("SAM_MIRROR"), reason="SAM_MIRROR is unset: the corpora are needed")

@@ -16,7 +16,7 @@ import pytest
 
 from experiments import bootstrap, pairs
 from experiments.collect import MEAN, load_jobs
-from experiments.comparison import Outcome, compare
+from experiments.comparison import Comparison, Outcome, Row, compare
 from experiments.main_table import latex, main, markdown, published, textless, write
 from sam.errors import SamError
 from sam.ner import Mention, Sentence
@@ -278,18 +278,66 @@ def test_trainings_are_drawn_and_of_each_its_seeds() -> None:
     assert np.allclose(bootstrap.redrawn([[r + 0.1 for r in steady], [r + 0.1 for r in spread]], "t") - found, 0.1)
 
 
-def test_pools_of_several_trainings_are_runs_of_one_system(sweep: Path) -> None:
-    alone = compare(sweep)
-    write_run(sweep, "sam", {"a": {"domain": 3, "sampling": 1}, "b": {"domain": 1, "sampling": 1}}, seed=7)
-    moved = next(sweep.glob("sam-7"))
-    edit(moved, lambda r: r["config"].update(seed=0, experts={"path": "other"}))
-    edit(moved, lambda r: r.update(base={"name": "tiny", "fingerprint": "another start"}))
-    both = compare(sweep)
-    assert both.rows["SaM"].runs == [("None", 0), ("another start", 0)]
-    values = [2 * 3 / 7, 2 * 1 / 5]  # three of three found and one made up; one of three found and one made up
-    assert both.f1(both.rows["SaM"], "a").value == pytest.approx(sum(values) / 2)
-    assert both.f1(both.rows["unified"], "a") == alone.f1(alone.rows["unified"], "a")
-    assert "one training of each model" in markdown(alone) and "2 trainings" in markdown(both)
+def test_a_training_is_drawn_for_all_targets_at_once() -> None:
+    runs = [[np.full(20_000, 0.4)], [np.full(20_000, 0.5)]]
+    mean = bootstrap.mean([bootstrap.redrawn(runs, target) for target in "abcdefg"])
+    assert set(np.unique(mean.round(6))) == {0.4, 0.45, 0.5}  # were it drawn by target, all between would come
+
+
+@pytest.fixture
+def second_pool(sweep: Path) -> Path:
+    """The sweep with all its systems run with another pool, too, on which SaM alone does otherwise."""
+    for path in sorted(sweep.iterdir()):
+        copy = sweep / f"{path.name}-other"
+        shutil.copytree(path, copy)
+        edit(copy, lambda r: r["config"].update(experts={"path": "other"}))
+        edit(copy, lambda r: r.update(base={"name": "tiny", "fingerprint": "another start"}))
+    lines = (sweep / "sam-0-other" / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    text = "".join(json.dumps({**row, "combined": {"pairs": PAIRS[:1], "mentions": []}}) + "\n" for row in rows)
+    (sweep / "sam-0-other" / "predictions.jsonl").write_text(text)
+    return sweep
+
+
+def test_pools_of_several_trainings_are_runs_of_one_system(second_pool: Path, tmp_path: Path) -> None:
+    both = compare(second_pool)
+    ours, theirs = both.rows["SaM"], both.rows["unified"]
+    assert [seed for _, seed in ours.runs] == [0, 0] and len({training for training, _ in ours.runs}) == 2
+    # Three of three found and one made up; one of three found and none made up.
+    assert both.f1(ours, "a").value == pytest.approx((6 / 7 + 0.5) / 2)
+    assert both.f1(theirs, "a").value == pytest.approx(0.5)
+    found = both.f1(ours, "a")
+    assert found.low == pytest.approx(0.5) and found.high == pytest.approx(6 / 7)
+    assert "2 trainings" in markdown(both)
+    assert main([str(second_pool), "--out", str(tmp_path / "out")]) == 0
+    head = json.loads((tmp_path / "out" / "main_table.json").read_text())
+    assert {said["training"] for said in head["predictions"]} == {0, 1}
+
+
+def test_a_row_of_fewer_pools_is_refused(second_pool: Path) -> None:
+    shutil.rmtree(second_pool / "sam-0-other")
+    with pytest.raises(SamError) as error:
+        compare(second_pool)
+    assert "SaM was not run with the same pools as unified; run it with all of them" in one_line(error)
+
+
+def test_values_weigh_trainings_and_not_runs() -> None:
+    outcome = Outcome()
+    for training, seed, tp in (("a", 0, 0.0), ("a", 1, 0.0), ("a", 2, 0.0), ("b", 0, 4.0)):
+        outcome.add((training, seed), np.array([[tp], [4.0], [4.0]]), {})
+    row = Row("x", "sam", {"t": outcome})
+    found = Comparison({"x": row}, ["t"], {"t": ["s"]}, []).f1(row, "t")
+    assert found.value == pytest.approx(0.5) and (found.low, found.high) == (0.0, 1.0)
+
+
+def test_the_base_alone_is_a_row_though_it_has_no_experts(sweep: Path) -> None:
+    write_run(sweep, "none", {"a": {"none": 1}, "b": {"none": 1}})
+    for path in sweep.iterdir():
+        weights = {} if path.name.startswith("none") else {"news": "1234"}
+        edit(path, lambda r, weights=weights: r.update(experts=weights))
+    found = compare(sweep)
+    assert next(iter(found.rows)) == "warm start alone"
+    assert found.f1(found.rows["warm start alone"], "a").value == pytest.approx(0.5)
 
 
 def test_published_rows_have_sizes_sources_and_means() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,7 +289,7 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
     base = dataclasses.replace(tiny, fingerprint="f" * 64)
     plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
     # Experts that are already trained are known by it.
-    assert plain == "8c870d502476f71c"
+    assert plain == "078d289d315123ca"
     others = [
         recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
         recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
@@ -297,12 +298,35 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
         *(
             recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
             for name, value in Recipe().to_dict().items()
-            if name not in ("heldout", "heldout_open", "answer")
+            if name not in ("heldout", "heldout_open", "open_batch_size", "answer")
         ),
         recipe_hash(base, [["a", "b"]], Recipe(answer="by_type"), "32-true"),
+        recipe_hash(base, [["a", "b"]], Recipe(open_sentences=2), "32-true"),
+        recipe_hash(base, [["a", "b"]], Recipe(open_sentences=1, open_batch_size=2), "32-true"),
     ]
     assert len({plain, *others}) == len(others) + 1
     assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1, heldout_open=1), "32-true") == plain
+
+
+def test_hash_of_a_recipe_follows_the_open_sentences_files(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(sha: str, open_sentences: int) -> str:
+        files = {"a": SimpleNamespace(mirror=sha), "held": SimpleNamespace(mirror=f"held {sha}")}
+        spec = SimpleNamespace(files=files, paths=lambda split: {"train": ["a"], "dev": ["held"]}[split])
+        monkeypatch.setattr(corpora, "spec", lambda dataset: spec)
+        return recipe_hash(tiny, [["toy"]], Recipe(open_sentences=open_sentences), "32-true")
+
+    assert digest("1", 5) == digest("1", 5) != digest("2", 5)
+    assert digest("1", 0) == digest("2", 0)
+
+
+def test_what_is_not_scored_anew_keeps_its_scores(tiny: Base, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out" / "toys")
+    before = Card.read(whole)
+    for changes in ({"heldout": 0, "heldout_open": 1}, {"heldout": 1, "heldout_open": 0}):
+        _, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=dataclasses.replace(RECIPE, **changes))
+    assert [d["n"] for d in card.scores["datasets"].values()] == [1] and card.scores["open"]["dev"]["n"] == 1
+    assert (card.recipe["heldout"], card.recipe["heldout_open"]) == (1, 1)
+    assert before.scores["open"]["dev"]["n"] == 2
 
 
 def test_trainer_options_that_change_what_is_learnt_are_refused(tiny: Base, tmp_path: Path) -> None:

@@ -376,3 +376,5 @@ def test_the_base_alone_runs_beside_experts_of_another_base(composed: Compose, p
     assert extract(composed("selector=none"), tmp_path / "run", ["selector=none"], None) >= 0
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert result["targets"]["mini_movie"]["models"]["none"]["experts"] == [] and result["experts"] == {}
+    with pytest.raises(SamError, match="merge.weights fits no selector=none"):
+        plan(composed("selector=none", "merge.weights=[1,1]"))

@@ -30,7 +30,9 @@ class OpenTypes:
                 try:
                     record = json.loads(line)
                     text, pairs = record["text"], [(kind, surface) for kind, surface in record["mentions"]]
-                    types = tuple(dict.fromkeys([kind for kind, _ in pairs] + record["absent"]))
+                    types = tuple(dict.fromkeys([*(kind for kind, _ in pairs), *record["absent"]]))
+                    if not all(isinstance(one, str) for one in (text, *types, *(surface for _, surface in pairs))):
+                        raise TypeError("text, types and surfaces must be strings")
                 except (ValueError, KeyError, TypeError) as error:
                     raise SamError(f"{path}:{n}: not an object with text, mentions and absent: {error}") from None
                 mentions = align(text, pairs)
