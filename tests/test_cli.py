@@ -202,6 +202,7 @@ def test_failing_jobs_do_not_stop_the_others(runner: Runner) -> None:
         (["merge=linear", "merge.density=0.5"], 1, ("merge=linear", "density", "ties")),
         (["k=99"], 1, ("k=99", "1..4")),
         (["task=train", "domain=start", "base.fold=/some"], 1, ("domain=start", "base.fold=null")),
+        (["task=train", "domain.domains=[[open_types]]"], 1, ("open_types is mixed in by train.open_sentences",)),
     ],
 )
 def test_a_mistake_is_one_line(runner: Runner, arguments: Sequence[str], code: int, named: Sequence[str]) -> None:

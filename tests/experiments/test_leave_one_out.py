@@ -28,6 +28,24 @@ def test_means_are_over_datasets_then_domains_and_the_best_comes_first() -> None
     assert table.columns[-1] == (MEAN,)
 
 
+def test_open_types_are_a_column_of_their_own_and_half_of_the_choice() -> None:
+    def opened(lam: float, f1: float) -> Job:
+        one = job(None, lam, f1)
+        one.targets["open_types"] = one.targets.pop("None_0")
+        return one
+
+    jobs = [job("news", 1.0, 0.4), job("legal", 1.0, 0.2), job("news", 0.5, 0.2), job("legal", 0.5, 0.2)]
+    table = build([*jobs, opened(1.0, 0.1), opened(0.5, 0.3)])
+    assert table.columns == [("news",), ("legal",), (MEAN,), ("open types",), ("both",)]
+    assert table.rows == [("0.5",), ("1",)]  # best in both, though not on the domains
+    assert [table.cell(("1",), column).mean for column in table.columns] == pytest.approx([40, 20, 30, 10, 20])
+    assert "on 2 datasets of 2 source domains" in table.caption and "open types: all experts" in table.caption
+    with pytest.raises(SamError, match="no job leaves out open types with merge.lam=1"):
+        build([*jobs, opened(0.5, 0.3)])
+    with pytest.raises(SamError, match="leaves out no domain"):
+        build([opened(0.5, 0.3)])
+
+
 @pytest.mark.parametrize(
     ("jobs", "message"),
     [
