@@ -67,6 +67,8 @@ def markdown(frame: pd.DataFrame) -> str:
     """The table, scores in percent."""
     scores = [c for c in frame.columns if c.endswith(("F1", "recall"))]
     shown = frame.assign(**{c: [f"{100 * v:.1f}" if pd.notna(v) else "–" for v in frame[c]] for c in scores})
+    counts = [c for c in frame.columns if c.endswith("pairs")]
+    shown = shown.assign(**{c: [f"{v:.0f}" if pd.notna(v) else "–" for v in frame[c]] for c in counts})
     left = {"training", "domain", "start"}
     lines = [list(shown.columns), ["---" if c in left else "---:" for c in shown.columns]]
     lines += [[str(v) for v in row] for row in shown.itertuples(index=False)]
