@@ -108,12 +108,12 @@ def test_every_mention_is_a_stretch_of_text(dataset_id: str, split: str) -> None
         for mention in sentence.mentions:
             surface = sentence.surface(mention)
             assert 0 <= mention.start < mention.end <= len(sentence.text), sentence.id
-            assert surface == surface.strip() and mention.type in names, sentence.id
+            assert surface == surface.strip() and mention.type in (sentence.types or names), sentence.id
         # All corpora turn out flat once mentions are placed: a decoder may rely on it.
         assert all(a.end <= b.start for a, b in pairwise(sentence.mentions)), sentence.id
 
 
-@pytest.mark.parametrize("dataset_id", datasets())
+@pytest.mark.parametrize("dataset_id", [name for name in datasets() if not spec(name).embedded])
 def test_counts_are_those_of_the_mirrors_index(dataset_id: str) -> None:
     entry = index(dataset_id)
     for split, numbers in entry["splits"].items():
