@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.setup
 
-.PHONY: setup demo test sweep lint clean
+.PHONY: setup demo test test-all sweep lint clean
 
 setup: $(SETUP)  ## make .venv with all that the project needs
 
@@ -17,7 +17,10 @@ $(SETUP): pyproject.toml constraints.txt
 demo: setup  ## select, merge and extract on 30 sentences of each embedded mini target
 	$(BIN)/python run.py limit=30
 
-test: setup lint  ## lint, type check and all tests
+test: setup lint  ## lint, type check and all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup lint  ## lint, type check and all tests
 	$(BIN)/python -m pytest
 
 sweep: setup  ## the paper's k by merge ablation on the mini targets, then its table

@@ -117,6 +117,7 @@ def test_a_line_of_another_form_is_named(line: str, tmp_path: Path) -> None:
         list(OpenTypes().read(Source({"a.jsonl": tmp_path / "a.jsonl"}), Counter()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("SAM_MIRROR"), reason="SAM_MIRROR is unset: the corpora are needed")
 def test_no_sentence_is_of_a_corpus() -> None:
     ours = {normal(line["text"]) for name in FILES for line in lines(name)}

@@ -73,6 +73,7 @@ def deltas(model: nn.Module, names: tuple[str, ...] = (Q, UP)) -> list[tuple[str
     return [(name, torch.randn(shape, generator=draw) * 0.3) for name, shape in zip(names, shapes, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPILED)
 def test_answers_are_those_of_generate(tiny: Base, kind: str) -> None:
     """Also with a merge, and after it; each text's prefix is longer than the sliding models' windows."""
@@ -231,6 +232,7 @@ def test_an_answer_does_not_depend_on_its_company(
     assert len({answer.text for answer in alone.values()}) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_is_near_to_exact(smollm: Base, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(CompiledWeights, "KIND", kind)

@@ -209,6 +209,7 @@ def test_prompts_of_several_types_share_a_batch(stopping: Base, size: int) -> No
     assert answers == [oracle(stopping, text, 30, types) for types, text in rows]
 
 
+@pytest.mark.slow
 def test_smollm2_answers_are_those_of_generate_at_every_batch_size(smollm: Base) -> None:
     texts = TEXTS[:6]
     expected = [oracle(smollm, text, 24) for text in texts]

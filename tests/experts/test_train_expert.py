@@ -270,6 +270,7 @@ def test_truncated_checkpoint_starts_anew(
     assert "is cut short; training starts anew" in caplog.text and weights(folder) == weights(whole)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(tiny_base: Path, whole: Path, tmp_path: Path) -> None:
     """Real processes, one after the other, each killed at a worse moment; the last is left alone."""
 
