@@ -255,12 +255,12 @@ def test_a_sentence_with_types_of_its_own_is_asked_for_those(make: MakeModule) -
     own = Sentence("s5", "Fay saw Ely", (Mention(0, 3, "knight"), Mention(8, 11, "isle")), ("knight", "isle"))
     module = make(Target("t", TYPES, (*SENTENCES, own), TARGET.unlabelled), selector="named", experts=["news", "stem"])
     trainer().test(module, verbose=False)
-    found = module.predictions["named"]
-    assert {t for t, _ in found["s5"].pairs} <= {"knight", "isle"} and found["s5"].not_asked == 0
-    assert all({t for t, _ in found[s.id].pairs} <= set(TYPES) for s in SENTENCES if s.mentions is not None)
+    predicted = module.predictions["named"]
+    assert {t for t, _ in predicted["s5"].pairs} <= {"knight", "isle"} and predicted["s5"].not_asked == 0
+    assert all({t for t, _ in predicted[s.id].pairs} <= set(TYPES) for s in SENTENCES if s.mentions is not None)
     assert (module.combined()["s5"].pairs, module.combined()["s5"].mentions) == (
-        found["s5"].pairs,
-        found["s5"].mentions,
+        predicted["s5"].pairs,
+        predicted["s5"].mentions,
     )
 
 

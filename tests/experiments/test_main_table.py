@@ -267,15 +267,15 @@ def test_runs_of_other_seeds_are_drawn_too_and_in_pairs() -> None:
 
 def test_trainings_are_drawn_and_of_each_its_seeds() -> None:
     steady, spread = [np.full(20_000, 0.2)] * 2, [np.full(20_000, 0.4), np.full(20_000, 0.8)]
-    found = bootstrap.redrawn([steady, spread], "t")
+    drawn = bootstrap.redrawn([steady, spread], "t")
     # Two trainings of means 0.2 and 0.6, of which the second's mean of two seeds is 0.4, 0.6 or 0.8.
     # With S that mean (variance 0.02) and K ~ Bin(2, 1/2) draws of the second: 0.2 + K / 2 (S - 0.2).
     variance = (0.4**2 + 0.02) / 8 + 0.02 / 4
-    assert found.mean() == pytest.approx(0.4, abs=0.01)
-    assert set(np.unique(found.round(6))) == {0.2, 0.3, 0.4, 0.5, 0.6, 0.8}
-    assert found.var() == pytest.approx(variance, rel=0.05)
+    assert drawn.mean() == pytest.approx(0.4, abs=0.01)
+    assert set(np.unique(drawn.round(6))) == {0.2, 0.3, 0.4, 0.5, 0.6, 0.8}
+    assert drawn.var() == pytest.approx(variance, rel=0.05)
     # A training that is drawn twice comes with the same seeds, so that pairs stay pairs.
-    assert np.allclose(bootstrap.redrawn([[r + 0.1 for r in steady], [r + 0.1 for r in spread]], "t") - found, 0.1)
+    assert np.allclose(bootstrap.redrawn([[r + 0.1 for r in steady], [r + 0.1 for r in spread]], "t") - drawn, 0.1)
 
 
 def test_a_training_is_drawn_for_all_targets_at_once() -> None:
@@ -306,8 +306,8 @@ def test_pools_of_several_trainings_are_runs_of_one_system(second_pool: Path, tm
     # Three of three found and one made up; one of three found and none made up.
     assert both.f1(ours, "a").value == pytest.approx((6 / 7 + 0.5) / 2)
     assert both.f1(theirs, "a").value == pytest.approx(0.5)
-    found = both.f1(ours, "a")
-    assert found.low == pytest.approx(0.5) and found.high == pytest.approx(6 / 7)
+    interval = both.f1(ours, "a")
+    assert interval.low == pytest.approx(0.5) and interval.high == pytest.approx(6 / 7)
     assert "2 trainings" in markdown(both)
     assert main([str(second_pool), "--out", str(tmp_path / "out")]) == 0
     head = json.loads((tmp_path / "out" / "main_table.json").read_text())
@@ -326,8 +326,8 @@ def test_values_weigh_trainings_and_not_runs() -> None:
     for training, seed, tp in (("a", 0, 0.0), ("a", 1, 0.0), ("a", 2, 0.0), ("b", 0, 4.0)):
         outcome.add((training, seed), np.array([[tp], [4.0], [4.0]]), {})
     row = Row("x", "sam", {"t": outcome})
-    found = Comparison({"x": row}, ["t"], {"t": ["s"]}, []).f1(row, "t")
-    assert found.value == pytest.approx(0.5) and (found.low, found.high) == (0.0, 1.0)
+    interval = Comparison({"x": row}, ["t"], {"t": ["s"]}, []).f1(row, "t")
+    assert interval.value == pytest.approx(0.5) and (interval.low, interval.high) == (0.0, 1.0)
 
 
 def test_the_base_alone_is_a_row_though_it_has_no_experts(sweep: Path) -> None:
@@ -335,9 +335,9 @@ def test_the_base_alone_is_a_row_though_it_has_no_experts(sweep: Path) -> None:
     for path in sweep.iterdir():
         weights = {} if path.name.startswith("none") else {"news": "1234"}
         edit(path, lambda r, weights=weights: r.update(experts=weights))
-    found = compare(sweep)
-    assert next(iter(found.rows)) == "warm start alone"
-    assert found.f1(found.rows["warm start alone"], "a").value == pytest.approx(0.5)
+    comparison = compare(sweep)
+    assert next(iter(comparison.rows)) == "warm start alone"
+    assert comparison.f1(comparison.rows["warm start alone"], "a").value == pytest.approx(0.5)
 
 
 def test_published_rows_have_sizes_sources_and_means() -> None:

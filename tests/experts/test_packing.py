@@ -47,10 +47,10 @@ def test_packed_by_hand() -> None:
 
 
 def test_examples_without_a_shared_prefix_do_not_see_one_another() -> None:
-    found = packed((), [[Example((7, 8, 9), 1), Example((5, 4), 1)]])
-    assert found["input_ids"].tolist() == [[7, 8, 9, 5, 4] + [0] * 11]
-    assert found["position_ids"].tolist() == [[0, 1, 2, 0, 1] + [0] * 11]
-    (((mask),),) = found["attention_mask"].tolist()
+    batch = packed((), [[Example((7, 8, 9), 1), Example((5, 4), 1)]])
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 5, 4] + [0] * 11]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1] + [0] * 11]
+    (((mask),),) = batch["attention_mask"].tolist()
     assert [[place for place, seen in enumerate(row) if seen] for row in mask[:5]] == [
         [0],
         [0, 1],

@@ -436,10 +436,10 @@ def test_open_sentences_are_scored_on_their_own_types_and_unseen_ones_apart(
 
     monkeypatch.setattr("sam.decoding.greedy.decode_prompts", answers)
     scores = train.score_heldout(tiny, whole, {}, {"dev": [first, second]}, DecodeSpec(8, 2, "exact"))
-    found = scores["open"]["dev"]
-    assert (found["n"], found["precision"], found["recall"]) == (2, 2 / 3, 2 / 4)
+    opened = scores["open"]["dev"]
+    assert (opened["n"], opened["precision"], opened["recall"]) == (2, 2 / 3, 2 / 4)
     # insect and capital stand in no training set; one of their two pairs was found.
-    assert (found["unseen_types"], found["unseen_gold"], found["unseen_recall"]) == (2, 2, 0.5)
+    assert (opened["unseen_types"], opened["unseen_gold"], opened["unseen_recall"]) == (2, 2, 0.5)
     assert scores["datasets"] == {} and scores["mean_f1"] == 0.0
 
 
