@@ -32,7 +32,7 @@ from experiments.comparison import (
     kind_of,
     training_of,
 )
-from experiments.render import escape, records_csv
+from experiments.render import escape, markdown_table, records_csv
 from sam.errors import SamError
 from sam.prompts import align
 from sam.results import write_json, write_text
@@ -80,18 +80,18 @@ def markdown(comparison: Comparison) -> str:
         f"{trainings} and few seeds understate their spread). † chose by gold labels: for reference, "
         "no method, and no upper bound. "
         f"Commit {', '.join(comparison.commits)}.",
-        _table(["system", *targets], first),
+        markdown_table(["system", *targets], first),
         "Means over the targets; silent: sentences with mentions in which nothing was found; seconds of merging and "
         "decoding a target, all models of the system, where it was decoded (beside the answers of its siblings, which "
         "make it cheaper); without those of the selection.",
-        _table(["system", *head], second),
+        markdown_table(["system", *head], second),
         "Recall (%) of all pairs whose types have a name that the sources have too, and of the others.",
-        _table(["system", *_sizes(comparison)], [[_name(r), *_recalls(comparison, r)] for r in rows]),
+        markdown_table(["system", *_sizes(comparison)], [[_name(r), *_recalls(comparison, r)] for r in rows]),
         "F1 minus that of the unified model, mean over the targets: in points, and in % of the unified model's.",
-        _table(["system", "points", "%"], third),
+        markdown_table(["system", "points", "%"], third),
         *_pairs(comparison),
         f"{METHOD} minus the unified model, by target.",
-        _table([METHOD, *targets], fourth),
+        markdown_table([METHOD, *targets], fourth),
         "Published zero-shot F1, by models of other sizes that were trained on other data: to place the numbers, not "
         "to compare with.",
         _published_table(targets),
@@ -105,7 +105,7 @@ def _pairs(comparison: Comparison) -> list[str]:
     found = [(kinds[a], kinds[b]) for a, b in PAIRS if {a, b} <= set(kinds)]
     lines = [[f"{_name(a)} minus {_name(b)}", _percent(comparison.against(a, b, MEAN)[0])] for a, b in found]
     said = "F1 of one system minus that of another, mean over the targets, in points."
-    return [said, _table(["systems", "points"], lines)] if lines else []
+    return [said, markdown_table(["systems", "points"], lines)] if lines else []
 
 
 def _sizes(comparison: Comparison) -> list[str]:
@@ -122,7 +122,7 @@ def _recalls(comparison: Comparison, row: Row) -> list[str]:
 
 def _published_table(targets: Sequence[str]) -> str:
     columns = ["model", "size", *targets, "source"]
-    return _table(columns, [[line.get(column) or "–" for column in columns] for line in published()])
+    return markdown_table(columns, [[line.get(column) or "–" for column in columns] for line in published()])
 
 
 def _pooled(comparison: Comparison, row: Row) -> list[str]:
@@ -150,11 +150,6 @@ def _percent(found: Interval, spread: bool = True) -> str:
         return "–"
     text = f"{100 * found.value:.1f}"
     return f"{text} [{100 * found.low:.1f}, {100 * found.high:.1f}]" if spread and not math.isnan(found.low) else text
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def latex(comparison: Comparison) -> str:

@@ -18,14 +18,13 @@ from typing import Any
 import pandas as pd
 
 from experiments.comparison import known_types
+from experiments.render import markdown_table
 from sam import corpora
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.launch import compose, quiet
 from sam.results import write_text
 from sam.targets import Target, load_targets
-
-TARGETS = "crossner_ai,crossner_literature,crossner_music,crossner_politics,crossner_science,mit_movie,mit_restaurant"
 
 
 def training_names() -> dict[str, list[str]]:
@@ -73,15 +72,12 @@ def markdown(frame: pd.DataFrame) -> str:
     kinds = list(dict.fromkeys(frame["training"]))
     table = summary(frame)
     head = ["target", "pairs", *(f"{what}, {kind}" for kind in kinds for what in ("exact name %", "similarity"))]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for target in dict.fromkeys(frame["target"]):
-        cells = [
-            f"{table.loc[(target, kind), 'exact']:.1f}|{table.loc[(target, kind), 'similarity']:.2f}" for kind in kinds
-        ]
-        lines.append(
-            [target, str(table.loc[(target, kinds[0]), "pairs"]), *(c for cell in cells for c in cell.split("|"))]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        figures = [table.loc[(target, kind)] for kind in kinds]
+        cells = [cell for f in figures for cell in (f"{f['exact']:.1f}", f"{f['similarity']:.2f}")]
+        lines.append([target, f"{figures[0]['pairs']:.0f}", *cells])
+    return markdown_table(head, lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet()
     try:
-        config = compose(f"target=[{TARGETS}]")
+        names = [name for name in corpora.datasets() if corpora.spec(name).role == "target"]
+        config = compose(f"target=[{','.join(names)}]")
         targets = load_targets(config["target"])
         frame = overlap(targets, training_names(), Encoder(EncoderSpec.from_config(config["encoder"])))
     except SamError as error:

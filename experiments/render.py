@@ -210,3 +210,9 @@ def _is_bare(value: str) -> bool:
     except ValueError:
         return value in ("none", "true", "false")
     return True
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table without a last newline: the first ``left`` columns left-aligned, the others right-aligned."""
+    lines = [head, [*["---"] * left, *["---:"] * (len(head) - left)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

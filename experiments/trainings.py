@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.figures import COLOURS, MARKERS
+from experiments.render import markdown_table
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, Card
 from sam.experts.data import MEASURES
@@ -33,8 +34,8 @@ UNSHOWN = ("hash", *MEASURES)
 def rows(folder: Path, only: str = "") -> pd.DataFrame:
     """A row per expert under ``folder`` whose path in it contains ``only``, sorted by path. Raises SamError if there is
     none. Folders whose name starts with a dot belong to trainings that have not ended."""
-    hidden = {path for path in folder.rglob(CARD_FILE) if "/." in f"/{path.relative_to(folder)}"}
-    lines = [_row(path.parent, folder) for path in sorted({*folder.rglob(CARD_FILE)} - hidden)]
+    cards = (path for path in folder.rglob(CARD_FILE) if "/." not in f"/{path.relative_to(folder)}")
+    lines = [_row(path.parent, folder) for path in sorted(cards)]
     if not lines:
         raise SamError(f"{folder} holds no expert; train some into it: run.py task=train task.out={folder}/NAME")
     frame = pd.DataFrame([line for line in lines if only in line["training"]])
@@ -69,10 +70,8 @@ def markdown(frame: pd.DataFrame) -> str:
     shown = frame.assign(**{c: [f"{100 * v:.1f}" if pd.notna(v) else "–" for v in frame[c]] for c in scores})
     counts = [c for c in frame.columns if c.endswith("pairs")]
     shown = shown.assign(**{c: [f"{v:.0f}" if pd.notna(v) else "–" for v in frame[c]] for c in counts})
-    left = {"training", "domain", "start"}
-    lines = [list(shown.columns), ["---" if c in left else "---:" for c in shown.columns]]
-    lines += [[str(v) for v in row] for row in shown.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    lines = [[str(v) for v in row] for row in shown.itertuples(index=False)]
+    return markdown_table(list(shown.columns), lines, left=3) + "\n"
 
 
 def curve(frame: pd.DataFrame) -> Figure:

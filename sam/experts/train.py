@@ -298,10 +298,13 @@ def score_adapter(
 
     with weights_of(base, decode.mode, constrained=decode.constrained) as weights:
         weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
-        return {name: _score(base, types, sentences, decode) for name, (types, sentences) in held.items()}
+        known = training_types() if any(s.types for _, sentences in held.values() for s in sentences) else frozenset()
+        return {name: _score(base, types, sentences, decode, known) for name, (types, sentences) in held.items()}
 
 
-def _score(base: Base, types: Sequence[str], sentences: Sequence[Sentence], decode: DecodeSpec) -> dict[str, Any]:
+def _score(
+    base: Base, types: Sequence[str], sentences: Sequence[Sentence], decode: DecodeSpec, known: Collection[str]
+) -> dict[str, Any]:
     from sam import grammar
     from sam.decoding.greedy import decode_prompts
 
@@ -315,12 +318,11 @@ def _score(base: Base, types: Sequence[str], sentences: Sequence[Sentence], deco
     ]
     scores = score(sentences, predicted)
     kept = {name: value for name, value in scores.to_dict().items() if name in KEPT}
-    return kept | (_unseen(scores) if any(s.types for s in sentences) else {})
+    return kept | (_unseen(scores, known) if any(s.types for s in sentences) else {})
 
 
-def _unseen(scores: Scores) -> dict[str, Any]:
-    """Recall of the gold pairs whose type no training set has."""
-    known = training_types()
+def _unseen(scores: Scores, known: Collection[str]) -> dict[str, Any]:
+    """Recall of the gold pairs whose type is not ``known``."""
     figures = [f for name, f in scores.per_type.items() if name not in known and f["gold"]]
     gold, tp = (int(sum(f[key] for f in figures)) for key in ("gold", "tp"))
     return {"unseen_types": len(figures), "unseen_gold": gold, "unseen_recall": tp / gold if gold else 0.0}
