@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from sam import launch, sharing
+from sam import launch
 from sam.errors import SamError
 
 launch.register_resolvers()
@@ -18,8 +18,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    if sharing.helps():
-        sharing.end_with_parent()
     sys.argv[1:] = launch.arranged(sys.argv[1:])
     try:
         launch.check_overrides(sys.argv[1:])

@@ -224,10 +224,10 @@ def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
             for model in result["models"].values():
                 alike.setdefault(model["model_key"], []).append(model)
             for name, models in alike.items():
-                share = max(model.get("decoded", 0.0) for model in models)
+                share = max(model.get("generated", 0.0) for model in models)
                 if share >= ENOUGH and share > best.get((target, name), (0.0, 0.0))[0]:
-                    merge, decode = (sum(m["seconds"][stage] for m in models) for stage in ("merge", "decode"))
-                    best[target, name] = (share, merge + decode / share)
+                    merge, generate = (sum(m["seconds"][stage] for m in models) for stage in ("merge", "generate"))
+                    best[target, name] = (share, merge + generate / share)
     return {key: seconds for key, (_, seconds) in best.items()}
 
 

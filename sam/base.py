@@ -306,19 +306,6 @@ def _cpuinfo() -> str:
     return found.read_text() if found.is_file() else ""
 
 
-@cache
-def has_amx() -> bool:
-    """Whether the processor multiplies bf16 in tiles: it sums up in another order for few rows than for many."""
-    import torch
-
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) or "amx_bf16" in _cpuinfo()
-
-
-def has_vnni() -> bool:
-    """Whether the processor multiplies int8 numbers itself, in registers of 512 bits, and oneDNN is not held back."""
-    return "avx512_vnni" in _cpuinfo() and "ONEDNN_MAX_CPU_ISA" not in os.environ
-
-
 def load(spec: BaseSpec, device: str = "auto") -> Base:
     """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
 
@@ -345,9 +332,8 @@ def load(spec: BaseSpec, device: str = "auto") -> Base:
     if spec.fold is not None:
         _fold(model, spec.fold)
     model.eval().to(device)
-    return Base(
-        spec.name, model, tokenizer, found, device, spec.dtype, fold_hash(spec), stop_ids=_stop_ids(model, tokenizer)
-    )
+    ends = stop_ids(tokenizer, model.generation_config.eos_token_id, path)
+    return Base(spec.name, model, tokenizer, found, device, spec.dtype, fold_hash(spec), stop_ids=ends)
 
 
 def _fold(model: Any, adapter: str) -> None:
@@ -357,12 +343,11 @@ def _fold(model: Any, adapter: str) -> None:
     fold(model, merge_modules([AdapterDeltas.open(Path(adapter).expanduser())], ["fold"], MergeSpec("linear")))
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer; the first is the one that training teaches."""
-    ids = [tokenizer.eos_token_id]
-    configured = model.generation_config.eos_token_id
-    ids += configured if isinstance(configured, list) else [configured]
-    found = tuple(dict.fromkeys(i for i in ids if i is not None))
-    if not found:
-        raise SamError(f"{model.name_or_path} has no end-of-text token; set eos_token in its tokenizer_config.json")
-    return found
+def stop_ids(tokenizer: Any, configured: int | list[int] | None, path: Path) -> tuple[int, ...]:
+    """The tokens that end a completion; the first is the one that training teaches. ``configured``: the generation
+    config's, of the model in ``path``."""
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    known = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not known:
+        raise SamError(f"{path} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return known

@@ -3,3 +3,9 @@
 
 class SamError(ValueError):
     """A user's mistake: the message is one line that names the value, what is allowed, and the fix."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line, with its class where it is not ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, SamError) else f"{type(error).__name__}: {text}"

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -23,7 +22,7 @@ from omegaconf import OmegaConf
 
 from sam import sharing
 from sam.console import print_table, say
-from sam.errors import SamError
+from sam.errors import SamError, one_line
 from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_status
 from sam.tracking import check_logger
@@ -172,22 +171,13 @@ def job(cfg: DictConfig) -> float:
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return _run_job(cfg, folder, overrides, None)
     SWEEP[:] = [Path(hydra_cfg.sweep.dir).absolute()]
-    sharing.regain()
     with sharing.claimed(folder) as ours:
         if not ours:
             say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}: another process's")
             sharing.ELSEWHERE.append((" ".join(overrides), folder))
             return float("nan")
         say(f"job {hydra_cfg.job.num}: {' '.join(overrides)}")
-        failed, begin = len(FAILED), time.monotonic()
-        value = _run_job(cfg, folder, overrides, SWEEP[0].name)
-        seconds = time.monotonic() - begin
-    if len(FAILED) == failed and cfg.task.name == "run":  # two trainings could be after one folder
-        try:
-            sharing.share(hydra_cfg, cfg.processes, cfg.trainer.accelerator, seconds)
-        except Exception as error:  # the sweep goes on alone
-            say(f"its jobs are not shared: {one_line(error)}")
-    return value
+        return _run_job(cfg, folder, overrides, SWEEP[0].name)
 
 
 def _run_job(cfg: DictConfig, folder: Path, overrides: list[str], group: str | None) -> float:
@@ -216,12 +206,6 @@ def _run_job(cfg: DictConfig, folder: Path, overrides: list[str], group: str | N
 def read_finished(folder: Path) -> bool:
     """Whether the folder holds a result already."""
     return (folder / RESULT).is_file() and (folder / STATUS).is_file()
-
-
-def one_line(error: Exception) -> str:
-    """The error's text on one line, with its class where it is not ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, SamError) else f"{type(error).__name__}: {text}"
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -260,7 +244,6 @@ def cache_at(folder: str | None) -> Iterator[None]:
 def _run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:
     if config["trainer"]["devices"] != 1:
         raise SamError(f"trainer.devices={config['trainer']['devices']} must be 1; run one job a device instead")
-    sharing.check_processes(config["processes"])
     check_logger(config["logger"])
     if config["task"]["name"] == "train":
         from sam.tasks.train import train
@@ -286,16 +269,12 @@ def quiet() -> None:
 
 def left_over() -> bool:
     """After all jobs of this process: wait for those of others; whether one of these did not do its job to the end."""
-    if sharing.helps():
-        return False
     sharing.join()
     return sharing.left_over()
 
 
 def finish() -> int:
     """After all jobs: the sweep's table and the list of failures. Returns the exit status."""
-    if sharing.helps():
-        return 0  # who started it tells of all jobs
     if SWEEP:
         FAILED.extend(failed for failed in sharing.failed_elsewhere() if failed not in FAILED)
         print_summary(SWEEP[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -19,12 +19,8 @@ from sam.scoring import Scores, score
 from sam.selection import Query, Selection, check, select
 from sam.targets import Target
 
-
-class _GiveBack(L.Callback):
-    """Gives the base model back as it was, whatever stops a run."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        cast(SamModule, pl_module).engine.reset()
+BATCH = 64
+"""Sentences that Lightning hands over at a time."""
 
 
 class SamModule(L.LightningModule):
@@ -64,7 +60,7 @@ class SamModule(L.LightningModule):
 
     def _ask(self, expert: str, texts: Sequence[str]) -> list[Prediction]:
         """What one expert alone finds, for selection."""
-        return self.engine.predict_all([expert], SINGLE, [(self.target.types_of_text(text), text) for text in texts])
+        return self.engine.predict([expert], SINGLE, [(self.target.types_of_text(text), text) for text in texts])
 
     def setup(self, stage: str) -> None:
         """Select, once. Raises SamError where a target without gold is to be scored."""
@@ -78,8 +74,7 @@ class SamModule(L.LightningModule):
     def _loaders(self, sentences: Sequence[Sentence]) -> list[DataLoader]:
         # Longest first: batches of similar length.
         ordered = sorted(sentences, key=lambda s: (-len(s.text), s.id))
-        size = self.engine.decoding.batch_size
-        return [DataLoader(ordered, batch_size=size, collate_fn=list) for _ in self.selections]  # type: ignore[arg-type]
+        return [DataLoader(ordered, batch_size=BATCH, collate_fn=list) for _ in self.selections]  # type: ignore[arg-type]
 
     def test_dataloader(self) -> list[DataLoader]:
         """The sentences with gold, once a task model."""
@@ -96,7 +91,7 @@ class SamModule(L.LightningModule):
     def _step(self, batch: list[Sentence], loader: int) -> list[Prediction]:
         name = list(self.selections)[loader]
         asked = [(self.target.types_of(s), s.text) for s in batch]
-        found = self.engine.predict_all(self.selections[name].experts, self.merge, asked)
+        found = self.engine.predict(self.selections[name].experts, self.merge, asked)
         self.predictions[name].update({s.id: p for s, p in zip(batch, found, strict=True)})
         return found
 
@@ -117,14 +112,6 @@ class SamModule(L.LightningModule):
         for name, scores in self.scores().items():
             for metric in ("precision", "recall", "f1", "span_f1"):
                 self.log(f"{self.target.name}/{name}/{metric}", getattr(scores, metric))
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Lightning does not call ``teardown`` after an error."""
-        return [_GiveBack()]
-
-    def teardown(self, stage: str) -> None:
-        """Hand the base model back as it was."""
-        self.engine.reset()
 
     def combined(self) -> dict[str, Prediction]:
         """Sentence id -> the task models' predictions combined, for the sentences that all have answered."""

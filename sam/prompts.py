@@ -80,30 +80,6 @@ def answer(sentence: Sentence, types: Sequence[str], form: str) -> str:
     return " " + json.dumps({kind: texts for kind, texts in found.items() if texts}, ensure_ascii=False)
 
 
-SAMPLE = "".join(
-    render(types, text) + found
-    for types, text, found in (
-        (
-            ("person", "organization", "location", "product"),
-            "Marie Curie was born in Warsaw and moved to Paris in 1891, where she met Pierre.",
-            ' {" Marie Curie":" person"," Warsaw":" location"," Paris":" location"," Pierre":" person"}',
-        ),
-        (
-            ("gene", "disease", "chemical"),
-            "Loss of BRCA1 raises the risk of breast cancer; olaparib slows its growth.",
-            ' {" BRCA1":" gene"," breast cancer":" disease"," olaparib":" chemical"}',
-        ),
-        (
-            ("genre", "actor", "year", "title"),
-            "show me a thriller with tom hanks from the nineties",
-            ' {" thriller":" genre"," tom hanks":" actor"," nineties":" year"}',
-        ),
-    )
-)
-"""What a model reads and writes, for decoding in int8 to see how large its numbers get. Rename
-:data:`sam.decoding.packed.INT8` and ``GROUPS``, which name it in the key of answers, with every change."""
-
-
 def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 

@@ -22,9 +22,9 @@ SCHEMA = 1
 SCORES_VERSION = 3
 """Raise it with every change to how answers are read, ranked, combined or scored: no older result stands then."""
 RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
-PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core", "openvino")
+PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")
 
-RIM = ("logger", "trainer", "answers", "cache", "processes", "sweep", "task", "train", "domain")
+RIM = ("logger", "trainer", "completions", "cache", "sweep", "task", "train", "domain")
 """Config sections that cannot change what is extracted; they stay out of the config hash."""
 
 

@@ -36,7 +36,6 @@ class Runner:
     def command(self, *arguments: str) -> list[str]:
         fixed = ["base=local", f"base.location={self.base}", f"experts.path={self.pool}", "trainer=cpu", "limit=3"]
         fixed += ["target=mini_movie", "decode.max_new_tokens=8", "sample_size=2", "selector=sampling", "logger=none"]
-        fixed += ["processes=1"]
         # Of two values for one key the given one counts.
         given = {a.partition("=")[0] for a in arguments}
         return [
@@ -114,8 +113,8 @@ def test_a_sweep_gives_a_result_a_job_and_a_summary(runner: Runner, sweep: subpr
         assert folder.name.startswith(name.rpartition(",")[0])
     summary = sweep.stdout[sweep.stdout.rindex("┏") :]
     assert len(table_rows(summary, "merge=")) == 4
-    # One expert is one model: the second k=1 decodes nothing.
-    counts = [result_of(jobs[name])["answers"].get("decoded", 0) for name in JOBS]
+    # One expert is one model: the second k=1 generates nothing.
+    counts = [result_of(jobs[name])["completions"].get("generated", 0) for name in JOBS]
     assert sorted(counts)[0] == 0
 
 
@@ -132,13 +131,13 @@ def test_the_same_command_again_runs_only_what_is_missing(
     assert {name for name in JOBS if after[name] != before[name]} == {JOBS[3]}
     assert again.stderr.count("already done:") == 3
     new = result_of(lost)
-    assert new["answers"].get("decoded", 0) == 0
+    assert new["completions"].get("generated", 0) == 0
     found, before_found = (
         {name: (m["experts"], m["model_key"], m["scores"]) for name, m in r["targets"]["mini_movie"]["models"].items()}
         for r in (new, old)
     )
     assert found == before_found
-    assert {m["decoded"] for m in new["targets"]["mini_movie"]["models"].values()} == {0.0}
+    assert {m["generated"] for m in new["targets"]["mini_movie"]["models"].values()} == {0.0}
     assert len(table_rows(again.stdout[again.stdout.rindex("┏") :], "merge=")) == 4
 
 

@@ -1,11 +1,9 @@
-"""The engine: answers of merged models against merging by hand, what names a model, and what is kept and reused."""
+"""The engine: predictions of merged models against merging by hand, what names a model, what is kept and reused."""
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,18 @@ import torch
 import sam.engine
 from sam import prompts
 from sam.base import Base, BaseSpec
-from sam.decoding import AnswerStore, DecodeSpec
-from sam.decoding.greedy import Answer, decode, stream
-from sam.decoding.packed import PackedWeights
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.generation import Completion, CompletionCache, Request
+from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+from sam.ner import Prediction
+from tests.fakes import FakeGenerator, numbered
+from tests.generation.models import oracle
 
 TYPES = ("person", "place")
 TEXTS = ["Ada went to Bath.", "Alan Turing worked at Bletchley Park near London", "rain", "A court in Strasbourg."]
-SPEC = DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact")
 TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
 DARE = MergeSpec("dare", density=0.5, seed=0)
 LINEAR = MergeSpec("linear")
@@ -39,167 +38,91 @@ def pool(shared_pool: Pool) -> Pool:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[AnswerStore]:
-    kept = AnswerStore(tmp_path / "answers.sqlite")
-    yield kept
-    kept.close()
+def cache(tmp_path: Path) -> CompletionCache:
+    return CompletionCache(tmp_path / "completions")
 
 
 @pytest.fixture
 def engine(tiny_spec: BaseSpec, pool: Pool) -> MakeEngine:
-    """An engine with a base model of its own, loaded when it is first needed."""
+    """An engine with a fake generator; without a cache nothing outlives it."""
 
-    def make(store: AnswerStore | None = None, decoding: DecodeSpec = SPEC) -> Engine:
-        return Engine(tiny_spec, pool, decoding, store, "cpu")
+    def make(cache: CompletionCache | None = None, constrained: bool = False, **options: Any) -> Engine:
+        generator = FakeGenerator(numbered, **options)
+        return Engine(tiny_spec, pool, generator, cache or CompletionCache(None), constrained)
 
     return make
 
 
-@pytest.fixture
-def merges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The experts of each merge that is computed."""
-    calls: list[tuple[str, ...]] = []
-
-    def counted(adapters: Any, names: Any, spec: MergeSpec) -> Any:
-        calls.append(tuple(names))
-        return merge_modules(adapters, names, spec)
-
-    monkeypatch.setattr(sam.engine, "merge_modules", counted)
-    return calls
-
-
-def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in engine.base.model.state_dict().items()}
+def asked(types: Sequence[str] = TYPES, texts: Sequence[str] = TEXTS) -> list[tuple[tuple[str, ...], str]]:
+    return [(tuple(types), text) for text in texts]
 
 
 def counts(engine: Engine) -> dict[str, int]:
-    return {"decoded": engine.counts["decoded"], "reused": engine.counts["reused"]}
+    return {"generated": engine.counts["generated"], "reused": engine.counts["reused"]}
 
 
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def fake(engine: Engine) -> FakeGenerator:
+    assert isinstance(engine.generator, FakeGenerator)
+    return engine.generator
 
 
 @pytest.mark.parametrize("merge", [TIES, DARE, LINEAR], ids=lambda m: m.name)
-def test_answers_are_those_of_the_merge_by_hand(tiny: Base, engine: MakeEngine, pool: Pool, merge: MergeSpec) -> None:
+def test_predictions_are_those_of_the_merge_by_hand(
+    tiny: Base, tiny_spec: BaseSpec, pool: Pool, merge: MergeSpec
+) -> None:
     names = ["news", "stem", "social"]
     adapters = [AdapterDeltas.open(pool.folder(name)) for name in names]
     with merged(tiny.model, merge_modules(adapters, names, merge)):
-        by_hand = [decode(tiny, TYPES, [text], SPEC)[0] for text in TEXTS]
-    found = engine().predict(names, merge, TYPES, TEXTS)
-    assert [p.answer for p in found] == [a.text for a in by_hand]
-    assert [p.truncated for p in found] == [a.truncated for a in by_hand]
-    assert found == [prompts.predict(t, a.text, TYPES, a.truncated) for t, a in zip(TEXTS, by_hand, strict=True)]
+        by_hand = [oracle(tiny, Request(prompts.prefix(TYPES), prompts.suffix(text)), 8) for text in TEXTS]
+    generator = TransformersGenerator(tiny_spec, "cpu", 8, 2)
+    found = Engine(tiny_spec, pool, generator, CompletionCache(None)).predict(names, merge, asked())
+    assert found == [prompts.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
 
 
-def test_answers_differ_from_model_to_model(engine: MakeEngine) -> None:
+def test_models_differ(engine: MakeEngine) -> None:
     one = engine()
-    found = {
-        tuple(p.answer for p in one.predict(experts, merge, TYPES, TEXTS))
-        for experts, merge in [
-            (["news"], SINGLE),
-            (["stem"], SINGLE),
-            (["news", "stem"], LINEAR),
-            (["news", "stem"], TIES),
-        ]
-    }
-    assert len(found) == 4
+    models: list[tuple[list[str], MergeSpec]] = [
+        (["news"], SINGLE),
+        (["stem"], SINGLE),
+        (["news", "stem"], LINEAR),
+        (["news", "stem"], TIES),
+        ([], SINGLE),
+    ]
+    found = {tuple(p.answer for p in one.predict(experts, merge, asked())) for experts, merge in models}
+    assert len(found) == len(set(fake(one).loads)) == 5
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_base_is_given_back_bit_for_bit(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
-    if not packed:
-        monkeypatch.setattr("sam.decoding.packed.packs", lambda dtype: False)
+def test_experts_in_another_order_are_the_same_model(engine: MakeEngine) -> None:
     one = engine()
-    before = weights(one)
-    layer = one.base.model.get_submodule("model.layers.0.mlp.up_proj")
-    x = torch.randn(3, layer.in_features)
-    plain = layer(x)
-    one.predict(["news", "stem"], TIES, TYPES, TEXTS)
-    assert (layer(x) - plain).abs().max() > 1e-3
-    one.predict(["news"], SINGLE, TYPES, TEXTS)
-    for _ in range(2):
-        one.reset()
-        assert torch.equal(layer(x), plain)
-    assert same_bits(before, weights(one))
-
-
-def test_the_base_is_given_back_after_an_error(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = engine()
-    before = weights(one)
-    expected = one.predict(["news", "stem"], TIES, TYPES, TEXTS)
-
-    def fails(*args: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sam.engine, "stream", fails)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            one.predict(["news", "stem"], TIES, TYPES, TEXTS)
-    assert same_bits(before, weights(one))
-    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == expected
-
-
-def test_an_error_within_a_merge_leaves_nothing_behind(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = engine()
-    before = weights(one)
-
-    def breaks(*args: Any) -> Iterator[Any]:
-        yield next(iter(merge_modules(*args)))
-        raise RuntimeError("half way")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sam.engine, "merge_modules", breaks)
-        with pytest.raises(RuntimeError, match="half way"):
-            one.predict(["news", "stem"], TIES, TYPES, TEXTS)
-    assert same_bits(before, weights(one))
-    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == engine().predict(["news", "stem"], TIES, TYPES, TEXTS)
-
-
-def test_experts_in_another_order_are_the_same_model(engine: MakeEngine, merges: list[tuple[str, ...]]) -> None:
-    one = engine()
-    for merge in (TIES, DARE, LINEAR):
-        merges.clear()
+    for number, merge in enumerate((TIES, DARE, LINEAR), 1):
         assert one.key(["news", "stem"], merge) == one.key(["stem", "news"], merge)
-        first = one.predict(["news", "stem"], merge, TYPES, TEXTS)
-        assert one.predict(["stem", "news"], merge, TYPES, TEXTS) == first
-        assert merges == [("news", "stem")]
-        one.predict(["social"], SINGLE, TYPES, TEXTS)
-        assert one.predict(["stem", "news"], merge, TYPES, TEXTS) == first
+        first = one.predict(["news", "stem"], merge, asked())
+        assert one.predict(["stem", "news"], merge, asked()) == first
+        assert len(fake(one).loads) == number
 
 
-def test_one_expert_is_one_model_under_every_merge(engine: MakeEngine, store: AnswerStore) -> None:
-    one = engine(store)
+def test_one_expert_is_one_model_under_every_merge(engine: MakeEngine) -> None:
+    one = engine()
     assert len({one.key(["news"], merge) for merge in (TIES, DARE, LINEAR, SINGLE)}) == 1
-    found = [one.predict(["news"], merge, TYPES, TEXTS) for merge in (TIES, DARE, LINEAR)]
+    found = [one.predict(["news"], merge, asked()) for merge in (TIES, DARE, LINEAR)]
     assert found[0] == found[1] == found[2]
-    assert counts(one) == {"decoded": 4, "reused": 8}
+    assert counts(one) == {"generated": 4, "reused": 8}
 
 
-def test_kept_answers_need_no_model(
-    engine: MakeEngine, store: AnswerStore, merges: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = engine(store).predict(["news", "stem"], TIES, TYPES, TEXTS)
-
-    def refuses(*args: Any) -> None:
-        raise AssertionError("all answers are kept: the model is not to be loaded")
-
-    monkeypatch.setattr(sam.engine, "load", refuses)
-    merges.clear()
-    again = engine(store)
-    assert again.predict(["stem", "news"], TIES, TYPES, TEXTS[::-1]) == expected[::-1]
-    assert counts(again) == {"decoded": 0, "reused": 4}
-    assert "base" not in vars(again)
-    assert merges == []
-    assert "decode" not in again.seconds
+def test_kept_completions_need_no_model(engine: MakeEngine, cache: CompletionCache) -> None:
+    expected = engine(cache).predict(["news", "stem"], TIES, asked())
+    again = engine(cache)
+    assert again.predict(["stem", "news"], TIES, asked()[::-1]) == expected[::-1]
+    assert counts(again) == {"generated": 0, "reused": 4}
+    assert fake(again).loads == [] and "generate" not in again.seconds
 
 
-def test_only_missing_answers_are_decoded(engine: MakeEngine, store: AnswerStore) -> None:
-    engine(store).predict(["news"], SINGLE, TYPES, TEXTS[:2])
-    again = engine(store)
-    found = again.predict(["news"], SINGLE, TYPES, TEXTS)
-    assert counts(again) == {"decoded": 2, "reused": 2}
-    assert found == engine().predict(["news"], SINGLE, TYPES, TEXTS)
+def test_only_missing_completions_are_generated(engine: MakeEngine, cache: CompletionCache) -> None:
+    engine(cache).predict(["news"], SINGLE, asked(texts=TEXTS[:2]))
+    again = engine(cache)
+    found = again.predict(["news"], SINGLE, asked())
+    assert counts(again) == {"generated": 2, "reused": 2}
+    assert found == engine().predict(["news"], SINGLE, asked())
 
 
 @pytest.mark.parametrize(
@@ -213,183 +136,100 @@ def test_only_missing_answers_are_decoded(engine: MakeEngine, store: AnswerStore
         {"merge": MergeSpec("dare", density=0.5, seed=0, lam=0.5)},
         {"types": ("place", "person")},
         {"types": ("person",)},
-        {"decoding": DecodeSpec(max_new_tokens=9, batch_size=2, mode="exact")},
-        {"decoding": DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact", constrained=True)},
+        {"max_new_tokens": 9},
+        {"constrained": True},
     ],
     ids=["expert", "k", "merge", "seed", "density", "lam", "order of types", "types", "length", "constrained"],
 )
-def test_an_answer_is_not_reused_where_something_can_change_it(
-    engine: MakeEngine, store: AnswerStore, changed: dict[str, Any]
+def test_a_completion_is_not_reused_where_something_can_change_it(
+    engine: MakeEngine, cache: CompletionCache, changed: dict[str, Any]
 ) -> None:
-    asked: dict[str, Any] = {"experts": ["news", "stem"], "merge": DARE, "types": TYPES, "decoding": SPEC}
+    usual: dict[str, Any] = {"experts": ["news", "stem"], "merge": DARE, "types": TYPES}
 
-    def ask(experts: list[str], merge: MergeSpec, types: tuple[str, ...], decoding: DecodeSpec) -> dict[str, int]:
-        one = engine(store, decoding)
-        one.predict(experts, merge, types, TEXTS)
+    def ask(experts: list[str], merge: MergeSpec, types: tuple[str, ...], **options: Any) -> dict[str, int]:
+        one = engine(cache, **options)
+        one.predict(experts, merge, asked(types))
         return counts(one)
 
-    assert ask(**asked) == {"decoded": 4, "reused": 0}
-    assert ask(**asked) == {"decoded": 0, "reused": 4}
-    assert ask(**{**asked, **changed}) == {"decoded": 4, "reused": 0}
+    assert ask(**usual) == {"generated": 4, "reused": 0}
+    assert ask(**usual) == {"generated": 0, "reused": 4}
+    assert ask(**{**usual, **changed}) == {"generated": 4, "reused": 0}
 
 
-def test_types_of_one_prompt_and_other_languages_share_only_free_answers(
-    engine: MakeEngine, store: AnswerStore
+def test_types_of_one_prompt_and_other_grammars_share_only_free_completions(
+    engine: MakeEngine, cache: CompletionCache
 ) -> None:
     for constrained, reused in ((False, 4), (True, 0)):
-        spec = DecodeSpec(max_new_tokens=8, batch_size=2, mode="exact", constrained=constrained)
-        engine(store, spec).predict(["news"], SINGLE, ("person, place",), TEXTS)
-        again = engine(store, spec)
-        again.predict(["news"], SINGLE, ("person", "place"), TEXTS)
+        engine(cache, constrained).predict(["news"], SINGLE, asked(("person, place",)))
+        again = engine(cache, constrained)
+        again.predict(["news"], SINGLE, asked(("person", "place")))
         assert again.counts["reused"] == reused
 
 
-def test_an_answer_is_not_reused_for_another_prompt(
-    engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
+def test_a_completion_is_not_reused_for_another_prompt(
+    engine: MakeEngine, cache: CompletionCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine(store).predict(["news"], SINGLE, TYPES, TEXTS)
+    engine(cache).predict(["news"], SINGLE, asked())
     monkeypatch.setattr(prompts, "PROMPT_VERSION", "another")
-    again = engine(store)
-    again.predict(["news"], SINGLE, TYPES, TEXTS)
-    assert counts(again) == {"decoded": 4, "reused": 0}
+    again = engine(cache)
+    again.predict(["news"], SINGLE, asked())
+    assert counts(again) == {"generated": 4, "reused": 0}
 
 
-def test_what_cannot_change_an_answer_does_not_hinder_reuse(engine: MakeEngine, store: AnswerStore) -> None:
-    engine(store).predict(["news"], SINGLE, TYPES, TEXTS)
-    again = engine(store, DecodeSpec(max_new_tokens=8, batch_size=3, mode="exact"))
-    again.predict(
-        ["news"], MergeSpec("ties", density=0.9, trim_scope="tensor", sign="count", aggregate="sum"), TYPES, TEXTS
-    )
-    assert counts(again) == {"decoded": 0, "reused": 4}
+def test_what_cannot_change_a_completion_does_not_hinder_reuse(engine: MakeEngine, cache: CompletionCache) -> None:
+    engine(cache).predict(["news"], SINGLE, asked())
+    again = engine(cache)
+    again.predict(["news"], MergeSpec("ties", density=0.9, trim_scope="tensor", sign="count", aggregate="sum"), asked())
+    assert counts(again) == {"generated": 0, "reused": 4}
 
 
-def test_a_text_that_comes_twice_is_decoded_once(engine: MakeEngine) -> None:
+def test_a_text_that_comes_twice_is_asked_once(engine: MakeEngine) -> None:
     one = engine()
     done: list[int] = []
-    asked = [(TYPES, text) for text in (TEXTS[0], TEXTS[1], TEXTS[0])]
-    found = one.predict_all(["news"], SINGLE, asked, done.append)
-    assert found[0] == found[2] == engine().predict(["news"], SINGLE, TYPES, TEXTS[:1])[0]
-    assert counts(one) == {"decoded": 2, "reused": 1}
+    found = one.predict(["news"], SINGLE, asked(texts=[TEXTS[0], TEXTS[1], TEXTS[0]]), done.append)
+    assert found[0] == found[2] == engine().predict(["news"], SINGLE, asked(texts=TEXTS[:1]))[0]
+    assert counts(one) == {"generated": 2, "reused": 1}
     assert sum(done) == 3
 
 
-def test_progress_counts_every_text_once(engine: MakeEngine, store: AnswerStore) -> None:
-    one = engine(store)
-    one.predict(["news"], SINGLE, TYPES, TEXTS[:1])
+def test_progress_counts_every_text_once(engine: MakeEngine, cache: CompletionCache) -> None:
+    one = engine(cache)
+    one.predict(["news"], SINGLE, asked(texts=TEXTS[:1]))
     done: list[int] = []
-    one.predict_all(["news"], SINGLE, [(TYPES, text) for text in TEXTS], done.append)
+    one.predict(["news"], SINGLE, asked(), done.append)
     assert sum(done) == len(TEXTS)
-    assert one.predict(["news"], SINGLE, TYPES, []) == []
+    assert one.predict(["news"], SINGLE, []) == []
 
 
-def test_answers_are_kept_as_they_come(engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that dies has kept what was done."""
-    texts = [f"text number {i}" for i in range(4)]
+def test_a_completion_is_kept_before_the_next_one_is_awaited(engine: MakeEngine, tmp_path: Path) -> None:
+    """A run that is killed, where nothing can be tidied up, loses none; one that fails neither."""
+    one = engine(CompletionCache(tmp_path))
+    seen: list[int] = []
 
-    def dies_later(*args: Any) -> Any:
-        for number, answer in enumerate(stream(*args)):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield answer
+    def dies(done: int) -> None:
+        other = engine(CompletionCache(tmp_path))
+        other.predict(["news"], SINGLE, asked())
+        seen.append(other.counts["reused"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.predict(["news"], SINGLE, asked(), lambda n: dies(n) if n else None)
+    assert seen == [1]
+
+
+def test_an_error_while_merging_is_not_a_loaded_model(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine()
+    expected = engine().predict(["news", "stem"], TIES, asked())
+
+    def breaks(*args: Any) -> Iterator[Any]:
+        yield next(iter(merge_modules(*args)))
+        raise RuntimeError("half way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sam.engine, "stream", dies_later)
-        with pytest.raises(KeyboardInterrupt):
-            engine(store).predict(["news"], SINGLE, TYPES, texts)
-    again = engine(store)
-    again.predict(["news"], SINGLE, TYPES, texts)
-    assert counts(again) == {"decoded": 2, "reused": 2}
-
-
-def test_the_most_similar_models_answer_is_the_guess(
-    engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of equally similar models the last one's, whichever process it was of; to another prompt there is none."""
-    guesses: list[str] = []
-
-    def answering(base: Any, parts: Any, spec: Any, drafter: Any, earlier: list[str], *others: Any) -> Any:
-        guesses.extend(earlier)
-        yield from ((index, Answer(f"answer {len(guesses)}", False)) for index in range(len(parts)))
-
-    monkeypatch.setattr(sam.engine, "stream", answering)
-    engines = [engine(store), engine(store)]
-    for number, (experts, merge, text, guess) in enumerate(
-        (
-            (["news"], SINGLE, "Ada", ""),
-            (["social", "stem"], TIES, "Ada", "answer 1"),
-            (["news"], SINGLE, "Bath", ""),
-            (["news", "social", "stem"], LINEAR, "Ada", "answer 2"),
-            (["stem", "social"], DARE, "Ada", "answer 2"),
-            (["biomedical"], SINGLE, "Ada", "answer 5"),
-            (["social", "stem"], LINEAR, "Ada", "answer 5"),
-            (["news", "social"], TIES, "Ada", "answer 4"),
-            (["news", "stem"], TIES, "Ada", "answer 4"),
-            (["social"], SINGLE, "Ada", "answer 8"),
-        )
-    ):
-        engines[number % 2].predict(experts, merge, TYPES, [text])
-        assert guesses[-1] == guess, (experts, merge)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_what_another_process_answers_meanwhile_is_taken(engine: MakeEngine, store: AnswerStore) -> None:
-    one, other = engine(store, replace(SPEC, batch_size=1)), engine(store)
-    done = 0
-
-    def step(more: int) -> None:
-        nonlocal done
-        done += more
-        if more and not counts(other)["decoded"]:
-            other.predict(["news"], SINGLE, TYPES, TEXTS)
-
-    found = one.predict_all(["news"], SINGLE, [(TYPES, text) for text in TEXTS], step)
-    assert found == engine().predict(["news"], SINGLE, TYPES, TEXTS)
-    assert done == len(TEXTS)
-    assert counts(one) == {"decoded": 1, "reused": len(TEXTS) - 1}
-    assert counts(other) == {"decoded": len(TEXTS) - 1, "reused": 1}
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_an_error_between_answers_gives_attention_back(
-    engine: MakeEngine, threads: Callable[[int], None], count: int
-) -> None:
-    threads(count)
-    one = engine(None, replace(SPEC, batch_size=1))
-    before, running = one.base.model.config._attn_implementation, set(threading.enumerate())
-
-    def stops(done: int) -> None:
-        if one.counts["decoded"] or done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) as kept:
-        one.predict_all(["news"], SINGLE, [(TYPES, text) for text in TEXTS], stops)
-    # The traceback, which is alive here, holds the frames of the run.
-    assert kept.tb is not None
-    assert one.base.model.config._attn_implementation == before
-    assert not [t for t in set(threading.enumerate()) - running if t.name.endswith("(work)")]
-
-
-def test_an_answer_is_kept_before_the_next_one_is_awaited(
-    engine: MakeEngine, store: AnswerStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that a run that is killed, where nothing can be tidied up, loses none."""
-    kept: list[str] = []
-    put = store.put
-
-    def watched(key: str, answer: str, truncated: bool) -> None:
-        put(key, answer, truncated)
-        kept.append(key)
-
-    monkeypatch.setattr(store, "put", watched)
-    found: list[int] = []
-
-    def seen(done: int) -> None:
-        if done:  # the first call is for those found in the store
-            assert len(store.get(kept)) == len(kept) == len(found) + 1
-            found.append(done)
-
-    engine(store).predict_all(["news"], SINGLE, [(TYPES, f"text number {i}") for i in range(8)], seen)
-    assert len(found) == 8
+        patch.setattr(sam.engine, "merge_modules", breaks)
+        with pytest.raises(RuntimeError, match="half way"):
+            one.predict(["news", "stem"], TIES, asked())
+    assert one.predict(["news", "stem"], TIES, asked()) == expected
 
 
 def test_a_merge_is_streamed_and_not_held(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,60 +246,41 @@ def test_a_merge_is_streamed_and_not_held(engine: MakeEngine, monkeypatch: pytes
             most = max(most, sum(ref() is not None for ref in yielded))
 
     monkeypatch.setattr(sam.engine, "merge_modules", watched)
-    engine().predict(["news", "stem"], TIES, TYPES, TEXTS[:1])
+    engine().predict(["news", "stem"], TIES, asked(texts=TEXTS[:1]))
     assert len(yielded) == 14
     assert most <= 1
     assert [ref() for ref in yielded] == [None] * 14
 
 
-def test_a_merge_stays_applied_from_call_to_call(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_stays_loaded_from_call_to_call(engine: MakeEngine) -> None:
     one = engine()
-    one.predict(["news", "stem"], TIES, TYPES, TEXTS[:1])
-    applied: list[Any] = []
-    monkeypatch.setattr(PackedWeights, "apply", lambda self, modules: applied.append(modules))
-    one.predict(["stem", "news"], TIES, TYPES, TEXTS[1:])
-    assert applied == []
+    one.predict(["news", "stem"], TIES, asked(texts=TEXTS[:1]))
+    one.predict(["stem", "news"], TIES, asked(texts=TEXTS[1:]))
+    assert len(fake(one).loads) == 1
+    one.close()
+    assert fake(one).closed == 1
+    one.predict(["news", "stem"], TIES, asked(texts=["another"]))
+    assert len(fake(one).loads) == 2
 
 
-@pytest.mark.parametrize("constrained", [False, True])
-def test_constrained_answers_are_chosen_among_exact_logits_and_int8_has_its_sample(
-    engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, constrained: bool
-) -> None:
-    asked: list[Any] = []
-
-    made = PackedWeights.__init__
-
-    def watched(self: Any, model: Any, mode: str, *, all_logits: bool, sample: Any) -> None:
-        asked.append((all_logits, sample))
-        made(self, model, mode, all_logits=all_logits, sample=sample)
-
-    monkeypatch.setattr(PackedWeights, "__init__", watched)
-    one = engine(decoding=DecodeSpec(8, 2, "fast", constrained))
-    one.predict(["news"], SINGLE, TYPES, TEXTS[:1])
-    assert asked == [(constrained, one.base.tokenizer(prompts.SAMPLE).input_ids)]
-
-
-def test_a_base_loaded_in_inference_mode_serves_outside_of_it(engine: MakeEngine) -> None:
-    """Trainer.predict loads and merges in inference mode; whoever uses the engine afterwards may not be in it."""
+def test_requests_of_several_targets_at_once_are_answered_as_one_by_one(engine: MakeEngine) -> None:
+    several = [(("person",), TEXTS[0]), (("place", "person"), TEXTS[0]), (("person",), TEXTS[1])]
     one = engine()
-    with torch.inference_mode():
-        inside = one.predict(["news", "stem"], TIES, TYPES, TEXTS)
-    one.predict(["news"], SINGLE, TYPES, TEXTS)
-    assert one.predict(["news", "stem"], TIES, TYPES, TEXTS) == inside
-    one.reset()
-    assert same_bits(weights(one), weights(engine()))
-
-
-def test_questions_of_several_targets_at_once_are_answered_as_one_by_one(engine: MakeEngine) -> None:
-    asked = [(("person",), TEXTS[0]), (("place", "person"), TEXTS[0]), (("person",), TEXTS[1])]
-    one = engine()
-    found = one.predict_all(["news", "stem"], TIES, asked)
-    assert counts(one) == {"decoded": 3, "reused": 0}
-    assert found == [engine().predict(["news", "stem"], TIES, types, [text])[0] for types, text in asked]
+    found = one.predict(["news", "stem"], TIES, several)
+    assert counts(one) == {"generated": 3, "reused": 0}
+    by_one: list[Prediction] = [engine().predict(["news", "stem"], TIES, [each])[0] for each in several]
+    assert found == by_one and len({p.answer for p in found}) == 3
 
 
 def test_unknown_and_repeated_experts_are_refused(engine: MakeEngine) -> None:
     with pytest.raises(SamError, match="'sports' is not in"):
-        engine().predict(["sports"], SINGLE, TYPES, TEXTS)
+        engine().predict(["sports"], SINGLE, asked())
     with pytest.raises(SamError, match="selected twice"):
-        engine().predict(["news", "news"], LINEAR, TYPES, TEXTS)
+        engine().predict(["news", "news"], LINEAR, asked())
+
+
+def test_constrained_requests_carry_their_grammar(engine: MakeEngine) -> None:
+    one = engine(constrained=True)
+    one.predict(["news"], SINGLE, asked())
+    assert all(r.grammar and "person" in r.grammar for r in fake(one).asked)
+    assert isinstance(next(iter(one.generator.generate(fake(one).asked[:1])))[1], Completion)

@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
     "base": {"name": "tiny", "dtype": "float32"},
     "logger": {"name": "wandb", "mode": "offline"},
     "trainer": {"accelerator": "cpu"},
-    "answers": "reuse",
+    "completions": "reuse",
     "cache": None,
     "sweep": "x",
 }
@@ -43,7 +43,7 @@ FACTS: dict[str, Any] = {"experts": {"news": "a1"}, "base": "b1", "targets": "c1
 
 
 def test_the_rim_is_what_cannot_change_a_result() -> None:
-    assert set(RIM) == {"logger", "trainer", "answers", "cache", "processes", "sweep", "task", "train", "domain"}
+    assert set(RIM) == {"logger", "trainer", "completions", "cache", "sweep", "task", "train", "domain"}
 
 
 @pytest.mark.parametrize("key", RIM)

@@ -16,11 +16,11 @@ import torch
 
 from sam import corpora
 from sam.base import Base, BaseSpec, load
-from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.experts import Card, ExpertModule, Recipe, train, train_expert
 from sam.experts.data import OPEN
 from sam.ner import Mention, Sentence
+from tests.fakes import FakeGenerator, capitals
 from tests.tiny import HashEncoder
 
 NAMES = ["Ada", "Alan", "Grace", "Kurt", "Emmy", "Alonzo", "Noam", "Barbara"]
@@ -64,7 +64,7 @@ def run(base: Base, out: Path, work: Path, every: int = 5, **options: Any) -> tu
         "domains": [["toy"]],
         "recipe": RECIPE,
         "trainer": {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},
-        "decode": DecodeSpec(8, 2),
+        "generator": FakeGenerator(capitals),
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,7 +8,6 @@ them.
 from __future__ import annotations
 
 import os
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -78,7 +77,7 @@ def first_answer() -> Figures:
             command, cwd=ROOT, env={**os.environ, "SAM_CACHE": str(cache)}, stdout=subprocess.DEVNULL
         ) as job:
             try:
-                while not any_kept(cache / "answers.sqlite"):
+                while not any_kept(cache / "completions"):
                     if job.poll() is not None:
                         raise SamError(f"`{' '.join(command[1:])}` ended (status {job.returncode}) with no answer kept")
                     if time.perf_counter() - start > PATIENCE:
@@ -89,15 +88,6 @@ def first_answer() -> Figures:
                 job.kill()
 
 
-def any_kept(path: Path) -> bool:
-    """Whether the store at ``path`` exists and holds an answer."""
-    try:
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    except sqlite3.OperationalError:  # not there yet
-        return False
-    try:
-        return db.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is not None
-    except sqlite3.OperationalError:  # no table yet, or locked
-        return False
-    finally:
-        db.close()
+def any_kept(folder: Path) -> bool:
+    """Whether the completion cache in ``folder`` holds a completion."""
+    return any(file.stat().st_size for file in folder.glob("*/*.jsonl"))

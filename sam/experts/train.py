@@ -18,9 +18,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
-from sam import corpora, prompts
+from sam import corpora, grammar, prompts
 from sam.base import Base, multiplies_bf16, staged
-from sam.decoding import DecodeSpec
 from sam.encoder import Encoder
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, HELDOUT_CHARACTERS, WEIGHTS_FILE, Card
@@ -28,6 +27,7 @@ from sam.experts.data import DATA_VERSION, MEASURES, OPEN, ExpertDataModule, Rec
 from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
 from sam.experts.packing import most_packed
+from sam.generation import Generator
 from sam.ner import Sentence, entity_types
 from sam.results import versions
 from sam.scoring import Scores, score
@@ -69,7 +69,8 @@ def train_expert(
     out: Path,
     work: Path,
     trainer: Mapping[str, Any],
-    decode: DecodeSpec,
+    generator: Generator,
+    constrained: bool = False,
     checkpoint_every: int = 25,
     replace_other: bool = False,
     logger: Any = False,
@@ -113,7 +114,7 @@ def train_expert(
         log.info("%s is already trained with this recipe; scoring it on other held-out sentences", folder)
         with staged(folder) as stage:
             shutil.copytree(folder, stage, dirs_exist_ok=True)
-            scores = score_heldout(base, stage, heldout, opened, decode)
+            scores = score_heldout(generator, stage, heldout, opened, constrained)
             card = replace(done, recipe={**done.recipe, **{m: getattr(recipe, m) for m in MEASURES}}, scores=scores)
             write_readme(stage, card)
             card.write(stage)
@@ -139,7 +140,7 @@ def train_expert(
     gc.collect()
     with staged(folder) as stage:
         _save_adapter(stage, weights, config, base)
-        scores = score_heldout(base, stage, heldout, opened, decode)
+        scores = score_heldout(generator, stage, heldout, opened, constrained)
         card = Card(
             name=name,
             role=role,
@@ -269,11 +270,11 @@ def draw_open_heldout(recipe: Recipe) -> dict[str, list[Sentence]]:
 
 
 def score_heldout(
-    base: Base,
+    generator: Generator,
     folder: Path,
     heldout: Mapping[str, Sequence[Sentence]],
     opened: Mapping[str, Sequence[Sentence]],
-    decode: DecodeSpec,
+    constrained: bool = False,
 ) -> dict[str, Any]:
     """Scores of the saved adapter on held-out sentences: of each dataset, asked for all its types, and their mean F1;
     and of each split of the open types, each sentence asked for its own."""
@@ -282,39 +283,43 @@ def score_heldout(
         d: (entity_types(corpora.load(d, split)), heldout[d]) for d, split in splits.items()
     }
     asked |= {f"{OPEN}/{split}": ([], held) for split, held in opened.items()}
-    scores = score_adapter(base, folder, asked, decode)
+    scores = score_adapter(generator, folder, asked, constrained)
     by_dataset = {dataset: {"split": split, **scores[dataset]} for dataset, split in splits.items()}
     mean = sum(d["f1"] for d in by_dataset.values()) / len(by_dataset) if by_dataset else 0.0
     return {"datasets": by_dataset, "mean_f1": mean, "open": {split: scores[f"{OPEN}/{split}"] for split in opened}}
 
 
 def score_adapter(
-    base: Base, folder: Path, held: Mapping[str, tuple[Sequence[str], Sequence[Sentence]]], decode: DecodeSpec
+    generator: Generator,
+    folder: Path,
+    held: Mapping[str, tuple[Sequence[str], Sequence[Sentence]]],
+    constrained: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The scores (:data:`KEPT`) of the adapter in ``folder`` by name of a part of ``held``: the types asked for (a
     sentence's own, if it has some) and the sentences."""
-    from sam.decoding.compiled import weights_of
     from sam.merging import AdapterDeltas, MergeSpec, merge_modules
 
-    with weights_of(base, decode.mode, constrained=decode.constrained) as weights:
-        weights.apply(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
-        known = training_types() if any(s.types for _, sentences in held.values() for s in sentences) else frozenset()
-        return {name: _score(base, types, sentences, decode, known) for name, (types, sentences) in held.items()}
+    known = training_types() if any(s.types for _, sentences in held.values() for s in sentences) else frozenset()
+    try:
+        generator.load(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
+        return {name: _score(generator, types, part, constrained, known) for name, (types, part) in held.items()}
+    finally:
+        generator.close()
 
 
 def _score(
-    base: Base, types: Sequence[str], sentences: Sequence[Sentence], decode: DecodeSpec, known: Collection[str]
+    generator: Generator,
+    types: Sequence[str],
+    sentences: Sequence[Sentence],
+    constrained: bool,
+    known: Collection[str],
 ) -> dict[str, Any]:
-    from sam import grammar
-    from sam.decoding.greedy import decode_prompts
-
     asked = [s.types or types for s in sentences]
-    parts = [(prompts.prefix(a), prompts.suffix(s.text)) for a, s in zip(asked, sentences, strict=True)]
-    texts = [s.text for s in sentences]
-    automata = grammar.automata(zip(asked, texts, strict=True)) if decode.constrained else None
-    answers = decode_prompts(base, parts, decode, automata)
+    requests = [grammar.request(of, s.text, constrained) for of, s in zip(asked, sentences, strict=True)]
+    made = dict(generator.generate(requests))
     predicted = [
-        prompts.predict(text, a.text, of, a.truncated) for text, of, a in zip(texts, asked, answers, strict=True)
+        prompts.predict(s.text, made[i].text, of, made[i].truncated)
+        for i, (s, of) in enumerate(zip(sentences, asked, strict=True))
     ]
     scores = score(sentences, predicted)
     kept = {name: value for name, value in scores.to_dict().items() if name in KEPT}

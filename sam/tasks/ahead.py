@@ -28,12 +28,12 @@ PATIENCE = 30
 
 
 class Spent(NamedTuple):
-    """What a model's answers on a target took: its share of the ``seconds`` of merging and of decoding, and which
-    share of its prompts were ``decoded`` now (the others had been answered before, and took no time)."""
+    """What a model took on a target: its share of the seconds of merging and of generating, and which
+    share of its completions were ``generated`` now (the others were kept from before, and took no time)."""
 
     merge: float
-    decode: float
-    decoded: float
+    generate: float
+    generated: float
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def bars() -> Iterator[Progress]:
 def lines(description: str, total: int) -> Callable[[int], None]:
     """Say how many are to be done, and every :data:`PATIENCE` seconds how many are."""
     done, said = 0, time.monotonic()
-    say(f"{description}: {total} answers")
+    say(f"{description}: {total} completions")
 
     def advance(n: int) -> None:
         nonlocal done, said
@@ -88,7 +88,7 @@ def sample(
     ]
     step = progress("sampling evaluation", len(names) * len(asked))
     for name in names:
-        engine.predict_all([name], SINGLE, asked, step)
+        engine.predict([name], SINGLE, asked, step)
 
 
 def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress) -> dict[str, dict[str, Spent]]:
@@ -106,11 +106,11 @@ def answer(engine: Engine, modules: Mapping[str, SamModule], progress: Progress)
         targets = [modules[n].target for n, _ in group]
         asked = [(target.types_of(s), s.text) for target in targets for s in target.sentences]
         first = modules[group[0][0]]
-        before = {**engine.seconds}, engine.counts["decoded"]
-        engine.predict_all(first.selections[group[0][1]].experts, first.merge, asked, step)
-        merge, decode = (engine.seconds[stage] - before[0].get(stage, 0.0) for stage in ("merge", "decode"))
-        decoded = (engine.counts["decoded"] - before[1]) / len(set(asked))
+        before = {**engine.seconds}, engine.counts["generated"]
+        engine.predict(first.selections[group[0][1]].experts, first.merge, asked, step)
+        merge, generate = (engine.seconds[stage] - before[0].get(stage, 0.0) for stage in ("merge", "generate"))
+        generated = (engine.counts["generated"] - before[1]) / len(set(asked))
         for name, model in group:
             share = len(modules[name].target.sentences) / len(asked)
-            took[name][model] = Spent(round(merge * share, 2), round(decode * share, 2), round(decoded, 4))
+            took[name][model] = Spent(round(merge * share, 2), round(generate * share, 2), round(generated, 4))
     return took

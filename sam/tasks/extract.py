@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam import prompts, sharing
+from sam import prompts
 from sam.base import BaseSpec, device_of
 from sam.combine import check_rule
 from sam.console import console, say
-from sam.decoding import AnswerStore, DecodeSpec
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.generation import CompletionCache, DecodeSpec, build
 from sam.merging import MERGE_VERSION, AdapterDeltas, MergeSpec
 from sam.merging.checks import check_seed
 from sam.options import options
@@ -44,6 +44,7 @@ from sam.tracking import tracked
 
 if TYPE_CHECKING:
     from sam.engine import Engine
+    from sam.generation import Generator
     from sam.module import SamModule
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Plan:
     experts: list[str]
     merge: MergeSpec
     decode: DecodeSpec
+    generator: Generator
     targets: list[Target]
     hashes: dict[str, str]
     selector: str
@@ -76,8 +78,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     check_seed(config["seed"], "seed")
     decode = DecodeSpec.from_config(config["decode"])
     check_rule(config["combine"]["rule"])
-    if config["answers"] not in ("reuse", "fresh"):
-        raise SamError(f"answers={config['answers']} is unknown; allowed: reuse, fresh")
+    if config["completions"] not in ("reuse", "fresh"):
+        raise SamError(f"completions={config['completions']} is unknown; allowed: reuse, fresh")
     pool = Pool(config["experts"]["path"])
     selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
     only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
@@ -108,6 +110,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
         experts=experts,
         merge=merge,
         decode=decode,
+        generator=build(config["generator"], base, device_of(config["trainer"]["accelerator"]), decode.max_new_tokens),
         targets=targets,
         hashes=hashes,
         selector=selector,
@@ -161,10 +164,7 @@ def extract(config: Mapping[str, Any], folder: Path, overrides: Sequence[str], g
     """Run the config into ``folder``; a folder that holds its result already is left as it is. Returns mean F1."""
     begin = time.perf_counter()
     planned = plan(config)
-    science = {
-        **config,
-        "decode": planned.decode.canonical(planned.base.dtype, device_of(config["trainer"]["accelerator"])),
-    }
+    science = {**config, "generator": planned.generator.key(), "decode": vars(planned.decode)}
     digest = config_hash(science, **facts(planned))
     done = read_done(folder, digest)
     if done is not None:
@@ -211,7 +211,9 @@ _HELD: dict[str, tuple[Any, Any]] = {}
 def _held(kind: str, key: Any, make: Callable[[], Any]) -> Any:
     """What an earlier job of this process made for the same ``key``, else a new one: a sweep loads its models once."""
     if kind not in _HELD or _HELD[kind][0] != key:
-        _HELD.pop(kind, None)  # before the next one takes its memory
+        _, former = _HELD.pop(kind, (None, None))
+        if hasattr(former, "close"):
+            former.close()  # before the next one takes its memory
         _HELD[kind] = (key, make())
     return _HELD[kind][1]
 
@@ -238,14 +240,13 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
 
         from sam.tasks import ahead
 
-    store = AnswerStore(cache_dir() / "answers.sqlite" if config["answers"] == "reuse" else None)
-    device = device_of(config["trainer"]["accelerator"])
+    cache = CompletionCache(cache_dir() / "completions" if config["completions"] == "reuse" else None)
     engine: Engine = _held(
         "engine",
-        (engine_facts(planned), planned.pool.path, planned.decode, device),
-        lambda: Engine(planned.base, planned.pool, planned.decode, store, device, backwards=sharing.helps()),
+        (engine_facts(planned), planned.pool.path, planned.decode, str(planned.generator.key())),
+        lambda: Engine(planned.base, planned.pool, planned.generator, cache, planned.decode.constrained),
     )
-    engine.begin(planned.pool, store)
+    engine.begin(planned.pool, cache)
     encoder: Encoder = _held("encoder", planned.encoder, lambda: Encoder(planned.encoder))
     trainer = L.Trainer(
         accelerator=config["trainer"]["accelerator"],
@@ -272,10 +273,10 @@ def run_targets(config: Mapping[str, Any], planned: Plan) -> tuple[dict[str, Any
         rows = [row for module in modules.values() for row in prediction_rows(module)]
     except BaseException:
         _HELD.clear()  # what failed for want of memory must not want it for the rest of a sweep
+        engine.close()
         raise
     finally:
-        engine.reset()
-        store.close()
+        cache.close()
     return sections(targets, engine), rows
 
 
@@ -291,5 +292,6 @@ def head(config: Mapping[str, Any], digest: str, overrides: Sequence[str], plann
         "git_commit": git_commit(),
         "versions": versions(),
         "base": {"name": planned.base.name, "fingerprint": identity(planned.base)},
+        "generator": planned.generator.key(),
         "experts": planned.hashes,
     }

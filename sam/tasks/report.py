@@ -24,8 +24,8 @@ def section(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
             "experts": list(selection.experts),
             "model_key": module.engine.key(selection.experts, module.merge),
             "scores": scores.get(name),
-            "seconds": {"merge": took[name].merge, "decode": took[name].decode},
-            "decoded": took[name].decoded,
+            "seconds": {"merge": took[name].merge, "generate": took[name].generate},
+            "generated": took[name].generated,
         }
         for name, selection in module.selections.items()
     }
@@ -36,7 +36,7 @@ def section(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
         "selections": {name: s.to_dict() for name, s in module.selections.items()},
         "models": models,
         "combined": {"rule": module.rule, "scores": scores.get("combined")},
-        "seconds": round(sum(spent.merge + spent.decode for spent in took.values()), 2),
+        "seconds": round(sum(spent.merge + spent.generate for spent in took.values()), 2),
     }
 
 
@@ -76,7 +76,7 @@ def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
     return {
         "targets": targets,
         "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
-        "answers": dict(engine.counts),
+        "completions": dict(engine.counts),
         "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
         "threads": torch.get_num_threads(),
         "peak_memory_mb": peak_memory_mb(),
@@ -118,8 +118,8 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
     shown += [f"merge={config['merge']['name']}"] * several + [f"k={config['k']}"] * used
     title = " ".join(shown) + note
     print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)
-    answers = result["answers"]
-    say(f"{answers.get('decoded', 0)} answers decoded, {answers.get('reused', 0)} reused; {folder / RESULT}")
+    counts = result["completions"]
+    say(f"{counts.get('generated', 0)} completions generated, {counts.get('reused', 0)} reused; {folder / RESULT}")
     say(f"what was found in each sentence: {folder / PREDICTIONS}")
 
 

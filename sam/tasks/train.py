@@ -8,12 +8,12 @@ from typing import Any
 
 from sam.base import Base, BaseSpec, device_of, load
 from sam.console import print_table
-from sam.decoding import DecodeSpec
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, Card
 from sam.experts.data import Recipe
 from sam.experts.train import train_expert
+from sam.generation import DecodeSpec, build
 from sam.tracking import tracked
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     if not isinstance(config["task"]["replace"], bool):
         raise SamError(f"task.replace={config['task']['replace']} must be true or false")
     _check_start(config["base"].get("fold"), recipe.answer)
-    base: Base = load(BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"]))
+    spec, device = BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"])
+    generator = build(config["generator"], spec, device, decode.max_new_tokens)
+    base: Base = load(spec, device)
     with tracked(config, folder, group, name=f"train {domain['name']}") as run:
         logger: Any = False
         if run is not None:
@@ -54,7 +56,8 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
             out=Path(config["task"]["out"]).expanduser(),
             work=Path(config["task"]["work"]).expanduser(),
             trainer=config["trainer"],
-            decode=decode,
+            generator=generator,
+            constrained=decode.constrained,
             checkpoint_every=config["task"]["checkpoint_every"],
             replace_other=config["task"]["replace"],
             logger=logger,

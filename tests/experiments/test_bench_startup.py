@@ -8,7 +8,7 @@ import pytest
 
 from experiments.bench.harness import Case, Report
 from experiments.bench.startup import GOALS, any_kept, goal_met
-from sam.decoding import AnswerStore
+from sam.generation import Completion, CompletionCache, Request
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(0.1, "0.3 s, met (0.10 s)"), (0.9, "0.3 s, missed (0.90 s)")])
@@ -20,9 +20,10 @@ def test_goal_is_judged_by_the_median(seconds: float, verdict: str) -> None:
 
 
 def test_first_answer_is_seen_once_it_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
+    path = tmp_path / "completions"
     assert not any_kept(path)
-    store = AnswerStore(path)
+    cache = CompletionCache(path)
+    cache.get("model", [])
     assert not any_kept(path)
-    store.put("key", "[]", False)
+    cache.put("model", Request("a", "b"), Completion("[]"))
     assert any_kept(path)

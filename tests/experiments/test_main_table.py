@@ -49,8 +49,8 @@ def write_run(
                     "experts": experts or [m],
                     "model_key": m,
                     "scores": scores(n),
-                    "seconds": {"merge": 1.0, "decode": 2.0},
-                    "decoded": 0.5,
+                    "seconds": {"merge": 1.0, "generate": 2.0},
+                    "generated": 0.5,
                 }
                 for m, n in models.items()
             },
@@ -143,7 +143,7 @@ def test_a_model_that_two_rankings_chose_takes_its_seconds_once_and_whole(tmp_pa
 
     def alike(result: dict[str, Any]) -> None:
         for model in result["targets"]["a"]["models"].values():
-            model.update(model_key="same", seconds={"merge": 0.5, "decode": 1.0})
+            model.update(model_key="same", seconds={"merge": 0.5, "generate": 1.0})
 
     edit(tmp_path / "sam-0", alike)
     found = compare(tmp_path)

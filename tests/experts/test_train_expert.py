@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,13 @@ from safetensors.torch import load_file
 
 from sam import corpora
 from sam.base import Base
-from sam.decoding import DecodeSpec
 from sam.errors import SamError
 from sam.experts import Card, ExpertModule, Pool, Recipe, train
 from sam.experts.train import auto_precision, draw_heldout, recipe_hash
 from sam.merging import AdapterDeltas
 from sam.ner import Mention, Sentence
-from sam.prompts import PROMPT_VERSION
+from sam.prompts import PROMPT_VERSION, answer
+from tests.fakes import FakeGenerator
 from tests.tiny import one_line
 from tests.toy_training import RECIPE, STEPS, arrange, run, toy, use_toys
 
@@ -387,33 +388,25 @@ def test_what_is_missing_is_missed_before_training(tiny: Base, tmp_path: Path, m
 def test_scores_are_those_of_the_saved_adapter(
     tiny: Base, whole: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers that name what is there score 1, and they are asked of base + ΔW of the saved weights."""
+    """Completions that name what is there score 1, and they are those of the saved weights."""
     caplog.set_level(logging.INFO)
     sentences = toy("toy", "dev", 4)
     monkeypatch.setattr(corpora, "load", lambda dataset, split: sentences)
-    asked: list[torch.Tensor] = []
+    types, by_text = ["location", "person"], {s.text: s for s in sentences}
 
-    def perfect(base: Base, parts: list[tuple[str, str]], spec: Any, automata: Any) -> list[Any]:
-        from sam.decoding.greedy import Answer
-        from sam.prompts import answer, suffix
+    def perfect(number: int, asked: Sequence[str], text: str) -> str:
+        assert list(asked) == types
+        return answer(by_text[text], types, "by_mention")
 
-        layer = base.model.model.layers[0].mlp.up_proj
-        asked.append(layer(torch.eye(layer.in_features)).T)
-        types = ["location", "person"]
-        assert {prefix for prefix, _ in parts} == {"Entity types: location, person\nText:"}
-        return [
-            Answer(answer(next(s for s in sentences if suffix(s.text) == end), types, "by_mention"), False)
-            for _, end in parts
-        ]
-
-    monkeypatch.setattr("sam.decoding.greedy.decode_prompts", perfect)
-    scores = train.score_heldout(tiny, whole, {"toy": sentences, "none": []}, {}, DecodeSpec(8, 2, "exact"))
+    generator = FakeGenerator(perfect)
+    scores = train.score_heldout(generator, whole, {"toy": sentences, "none": []}, {})
     assert scores["mean_f1"] == 1.0 and set(scores["datasets"]) == {"toy"}
     toys = scores["datasets"]["toy"]
     assert (toys["split"], toys["n"], toys["precision"], toys["recall"], toys["unparsable"]) == ("dev", 4, 1.0, 1.0, 0)
-    name = "model.layers.0.mlp.up_proj"
-    expected = tiny.model.get_submodule(name).weight + AdapterDeltas.open(whole).delta(name)
-    assert torch.allclose(asked[0], expected, atol=1e-5)
+    other = FakeGenerator(perfect)
+    adapter = AdapterDeltas.open(whole)
+    other.load((name, adapter.delta(name)) for name in adapter)
+    assert generator.loads == other.loads != [0] and generator.closed == 1
 
 
 def test_open_sentences_are_scored_on_their_own_types_and_unseen_ones_apart(
@@ -425,17 +418,11 @@ def test_open_sentences_are_scored_on_their_own_types_and_unseen_ones_apart(
     second = Sentence("b", "Rome again", (Mention(0, 4, "capital"),), ("capital",))
     monkeypatch.setattr(train, "training_types", lambda: frozenset({"person", "bird"}))
 
-    def answers(base: Base, parts: list[tuple[str, str]], spec: Any, automata: Any) -> list[Any]:
-        from sam.decoding.greedy import Answer
+    def reply(number: int, types: Sequence[str], of: str) -> str:
+        assert (of, tuple(types)) in {(first.text, first.types), (second.text, second.types)}
+        return ' {" Ada":" person"," bees":" insect"," parrot":" fish"}' if of == text else " {}"
 
-        assert [prefix for prefix, _ in parts] == [
-            "Entity types: person, insect, bird, fish\nText:",
-            "Entity types: capital\nText:",
-        ]
-        return [Answer(' {" Ada":" person"," bees":" insect"," parrot":" fish"}', False), Answer(" {}", False)]
-
-    monkeypatch.setattr("sam.decoding.greedy.decode_prompts", answers)
-    scores = train.score_heldout(tiny, whole, {}, {"dev": [first, second]}, DecodeSpec(8, 2, "exact"))
+    scores = train.score_heldout(FakeGenerator(reply), whole, {}, {"dev": [first, second]})
     opened = scores["open"]["dev"]
     assert (opened["n"], opened["precision"], opened["recall"]) == (2, 2 / 3, 2 / 4)
     # insect and capital stand in no training set; one of their two pairs was found.

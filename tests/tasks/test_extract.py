@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import sam.engine
 import sam.tasks.extract
 from sam import launch, prompts
 from sam.base import BaseSpec
 from sam.combine import combine
-from sam.decoding.greedy import Answer
 from sam.engine import Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.generation import CompletionCache
 from sam.merging import AdapterDeltas
 from sam.ner import Mention, Prediction, Sentence
 from sam.paths import conf_dir
@@ -30,6 +28,7 @@ from sam.results import PREDICTIONS, RESULT, STATUS
 from sam.scoring import score
 from sam.targets import mini
 from sam.tasks.extract import extract, module_of, plan
+from tests.fakes import FakeGenerator
 from tests.tiny import HashEncoder, make_card, one_line
 
 Config = dict[str, Any]
@@ -50,9 +49,15 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sam.tasks.extract, "_HELD", {})
     monkeypatch.setattr(sam.tasks.extract, "Encoder", lambda spec: HashEncoder())
-    monkeypatch.setattr(sam.engine, "stream", pretend)
     fixed = ["base=local", f"base.location={tiny_spec.location}", f"experts.path={pool.path}", "logger=none"]
-    fixed += ["trainer=cpu", "target=mini_movie", "limit=6", "k=2", "sample_size=3"]
+    fixed += [
+        "generator._target_=tests.fakes.mixed_generator",
+        "trainer=cpu",
+        "target=mini_movie",
+        "limit=6",
+        "k=2",
+        "sample_size=3",
+    ]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
 
         def make(*overrides: str) -> Config:
@@ -61,30 +66,6 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
             return {str(k): v for k, v in found.items()}
 
         yield make
-
-
-GOLD = {s.text: s for name in ("movie", "music") for s in mini(name).sentences}
-
-
-def pretend(base: Any, parts: Sequence[tuple[str, str]], *args: Any) -> Iterator[tuple[int, Answer]]:
-    """Answers that are right, half right, wrong, and no JSON, in turn by the weights and the text."""
-    layer = base.model.model.layers[0].self_attn.q_proj
-    weight = int(abs(float(layer(torch.ones(1, layer.in_features)).sum())) * 100)
-    for number, (prefix, suffix) in enumerate(parts):
-        yield number, Answer(_pretended(prefix, suffix, weight), truncated=False)
-
-
-def _pretended(prefix: str, suffix: str, weight: int) -> str:
-    types = prefix.removeprefix("Entity types: ").partition("\n")[0].split(", ")
-    text = suffix.removesuffix("\nEntities:").strip()
-    turn = (weight + len(text)) % 4
-    gold = GOLD.get(text, Sentence("", text, ()))
-    if turn == 0:
-        return prompts.answer(gold, types, "by_type")
-    if turn == 1:
-        return prompts.answer(gold, types[::2], "by_mention")
-    wrong = {types[0]: ["not there", text[:3]], "wizard": ["x"]}
-    return f" {json.dumps(wrong)}" if turn == 2 else "I do not know"
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -146,8 +127,8 @@ def test_a_result_says_what_it_stands_on(composed: Compose, pool: Pool, tmp_path
         assert set(target["selections"][name]["scores"]) == {"biomedical", "news", "social"}
     sampled = target["selections"]["sampling"]["details"]["sampled"]
     assert len(sampled) == 3
-    assert result["answers"]["decoded"] > 0
-    assert result["seconds"]["total"] >= result["seconds"]["decode"]
+    assert result["completions"]["generated"] > 0
+    assert result["seconds"]["total"] >= result["seconds"]["generate"]
 
 
 def again(monkeypatch: pytest.MonkeyPatch, config: Config, folder: Path) -> bool:
@@ -168,7 +149,7 @@ def test_what_is_done_is_left_alone(composed: Compose, tmp_path: Path, monkeypat
     f1 = extract(composed(), tmp_path / "r", [], None)
     before = (tmp_path / "r" / RESULT).stat().st_mtime_ns
     assert not again(monkeypatch, composed(), tmp_path / "r")
-    assert not again(monkeypatch, composed("answers=fresh", "trainer=auto", "sweep=x"), tmp_path / "r")
+    assert not again(monkeypatch, composed("completions=fresh", "trainer=auto", "sweep=x"), tmp_path / "r")
     assert extract(composed(), tmp_path / "r", [], None) == f1
     assert (tmp_path / "r" / RESULT).stat().st_mtime_ns == before
 
@@ -205,13 +186,13 @@ def test_jobs_of_one_process_share_what_they_can(
     held = sam.tasks.extract._HELD
 
     def engine_after(*overrides: str) -> Any:
-        extract(composed("answers=fresh", *overrides), tmp_path / "-".join(["r", *overrides]), [], None)
+        extract(composed("completions=fresh", *overrides), tmp_path / "-".join(["r", *overrides]), [], None)
         return held["engine"][1]
 
     first = engine_after()
     counts = dict(first.counts)
     assert engine_after("merge=linear") is first and engine_after("k=1") is first
-    assert first.counts["decoded"] <= counts["decoded"], "counts begin anew"
+    assert first.counts["generated"] <= counts["generated"], "counts begin anew"
     assert engine_after("decode.max_new_tokens=9") is not first
     card = Pool(pool.path).cards["news"]
     flipped = tuple(-x for x in card.centroid)
@@ -222,7 +203,7 @@ def test_jobs_of_one_process_share_what_they_can(
     (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
     second = engine_after("seed=2")
     assert engine_after("seed=3") is second is not first
-    monkeypatch.setattr(sam.engine, "stream", lambda *args: 1 / 0)
+    monkeypatch.setattr(FakeGenerator, "generate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine_after("seed=4")
     assert not held
@@ -238,13 +219,13 @@ def test_an_expert_that_is_not_looked_at_changes_nothing(
     assert not again(monkeypatch, config, tmp_path / "r")
 
 
-def test_answers_are_shared_from_run_to_run(composed: Compose, tmp_path: Path) -> None:
+def test_completions_are_shared_from_run_to_run(composed: Compose, tmp_path: Path) -> None:
     extract(composed("k=1", "merge=ties"), tmp_path / "a", [], None)
     extract(composed("k=1", "merge=dare"), tmp_path / "b", [], None)
-    assert result_of(tmp_path / "b")["answers"].get("decoded", 0) == 0
+    assert result_of(tmp_path / "b")["completions"].get("generated", 0) == 0
     assert result_of(tmp_path / "b")["overall"] == result_of(tmp_path / "a")["overall"]
-    extract(composed("k=1", "merge=dare", "answers=fresh"), tmp_path / "c", [], None)
-    assert result_of(tmp_path / "c")["answers"]["decoded"] > 0
+    extract(composed("k=1", "merge=dare", "completions=fresh"), tmp_path / "c", [], None)
+    assert result_of(tmp_path / "c")["completions"]["generated"] > 0
     assert result_of(tmp_path / "c")["overall"] == result_of(tmp_path / "a")["overall"]
 
 
@@ -267,7 +248,7 @@ def test_a_module_runs_what_was_planned(composed: Compose) -> None:
     planned = plan(
         composed("k=1", "sample_size=4", "seed=5", "selector=sampling", "combine=vote", "experts.only=[news]")
     )
-    engine = Engine(planned.base, planned.pool, planned.decode, None, "cpu")
+    engine = Engine(planned.base, planned.pool, planned.generator, CompletionCache(None))
     module = module_of(planned, planned.targets[0], engine, HashEncoder())
     query = module.query
     assert (module.selector, module.rule, module.merge) == ("sampling", "vote", planned.merge)
@@ -330,7 +311,7 @@ def test_one_name_may_stand_bare(composed: Compose, tmp_path: Path) -> None:
         (["experts.only=[news,unified]"], ("'unified' is not ranked", "selector=named")),
         (["merge.weights=0.5"], ("merge.weights=0.5 must be a list",)),
         (["decode.max_new_tokens=null"], ("decode.max_new_tokens=null must be an integer",)),
-        (["+decode.temperature=0.7"], ("decode.temperature is unknown", "batch_size")),
+        (["+decode.temperature=0.7"], ("decode.temperature is unknown", "max_new_tokens")),
         (["experts.exclude=[news,social,biomedical]"], ("leave no expert", "news")),
         (["merge.density=2"], ("merge.density=2", "(0, 1]")),
         (["merge=linear", "merge.density=0.5"], ("merge=linear", "density")),
@@ -338,14 +319,15 @@ def test_one_name_may_stand_bare(composed: Compose, tmp_path: Path) -> None:
         (["merge.weights=[1,2,3]", "selector=all_each"], ("selector=all_each", "selector=all")),
         (["+merge.theta=1"], ("merge.theta", "density")),
         (["combine.rule=most"], ("combine.rule=most", "union")),
-        (["answers=old"], ("answers=old", "reuse, fresh")),
+        (["completions=old"], ("completions=old", "reuse, fresh")),
         (["limit=0"], ("limit=0",)),
         (["seed=one"], ("seed='one'",)),
         (["target.types=[actr]"], ("'actr'", "'actor'")),
         (["target=files", "target.path=x.txt", "target.types=[a]", "selector=oracle"], ("x.txt",)),
         (["base.location=/nowhere"], ("base.location=/nowhere",)),
         (["experts.path=/nowhere"], ("experts.path=/nowhere",)),
-        (["decode.batch_size=0"], ("decode.batch_size=0",)),
+        (["decode.max_new_tokens=0"], ("decode.max_new_tokens=0",)),
+        (["generator.batch_size=0"], ("generator.batch_size=0",)),
     ],
 )
 def test_mistakes_are_refused_in_one_line_before_a_model_is_loaded(
@@ -354,7 +336,7 @@ def test_mistakes_are_refused_in_one_line_before_a_model_is_loaded(
     def refuses(*args: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(sam.engine, "load", refuses)
+    monkeypatch.setattr(FakeGenerator, "load", refuses)
     with pytest.raises(SamError) as error:
         plan(composed(*overrides))
     message = one_line(error)
