@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
 
 from sam.errors import SamError
 from sam.results import PREDICTIONS, RESULT, SCHEMA, STATUS
@@ -23,6 +22,8 @@ MEAN = "mean"
 """The unweighted mean over targets, where a target is asked for."""
 COMBINED = "combined"
 """The combined prediction, where a model is asked for."""
+RIM = ("logger", "trainer", "completions", "cache", "sweep", "task")
+"""Sections of the config that cannot change what is extracted."""
 GROUP_LEAVES = ("name", "rule")
 """``merge=ties`` on the command line means that the config's ``merge.name`` (or ``combine.rule``) is ``ties``."""
 
@@ -45,7 +46,7 @@ class Job:
 
 
 def load_jobs(folder: Path) -> list[Job]:
-    """All jobs under ``folder``, in natural order of their paths; a failed job's config is inferred from its overrides.
+    """All jobs under ``folder``, in natural order of their paths.
 
     Raises ``SamError`` where there is no finished job, or where a file is broken or of an unknown schema.
     """
@@ -54,7 +55,7 @@ def load_jobs(folder: Path) -> list[Job]:
     waiting = [path for path in folder.rglob(STATUS) if not _has_result(path)]
     folders = {path.parent for path in waiting}
     done = [_done_job(path) for path in folder.rglob(RESULT) if path.parent not in folders]
-    others = [_unfinished_job(path, done) for path in waiting]
+    others = [_unfinished_job(path) for path in waiting]
     if not done:
         first = next((f"; first error: {job.error}" for job in others if job.error), "")
         raise SamError(
@@ -250,13 +251,13 @@ def _done_job(path: Path) -> Job:
     return Job(path.parent, "done", overrides, config, result["targets"], commit, experts=result.get("experts"))
 
 
-def _unfinished_job(path: Path, done: Sequence[Job]) -> Job:
+def _unfinished_job(path: Path) -> Job:
     status = _read_json(path)
     if status.get("state") not in ("failed", "running"):
         raise SamError(f"{path} has state {status.get('state')!r} and no {RESULT} beside it; run the job again")
     overrides = tuple(status.get("overrides") or path.parent.name.split(","))
     error = " ".join(str(status.get("error") or "").split())
-    return Job(path.parent, status["state"], overrides, _infer_config(overrides, done), error=error)
+    return Job(path.parent, status["state"], overrides, _flatten(status.get("config") or {}), error=error)
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -264,37 +265,3 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _common(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    if not configs:
-        return {}
-    return {k: v for k, v in configs[0].items() if all(k in other and other[k] == v for other in configs)}
-
-
-def _infer_config(overrides: Sequence[str], done: Sequence[Job]) -> dict[str, Any]:
-    """What is known of an unfinished job: values common to all done jobs, under what its overrides say.
-
-    A group override (``merge=ties``) brings the values of the done jobs that have it too.
-    """
-    config = _common([job.config for job in done])
-    known = {path for job in done for path in job.config}
-    pairs = [override.lstrip("+").split("=", 1) for override in overrides if "=" in override]
-    # Groups first: a value given by its own path holds over what its group brings.
-    for key, value in sorted(pairs, key=lambda pair: pair[0] in known):
-        path = config_path(key, known)
-        if path is None:
-            continue
-        if path != key:
-            alike = _common([job.config for job in done if f"{key}={value}" in job.overrides])
-            config = {p: v for p, v in config.items() if not p.startswith(f"{key}.")}
-            config |= {p: v for p, v in alike.items() if p.startswith(f"{key}.")}
-            config.setdefault(path, _parse(value))
-        else:
-            config[path] = _parse(value)
-    return config
-
-
-def _parse(text: str) -> Any:
-    """The value of an override, as Hydra reads it: ``6`` is a number, ``ties`` a word, ``[a,b]`` a list."""
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[call-overload, index]

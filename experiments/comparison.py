@@ -13,12 +13,12 @@ import numpy as np
 
 from experiments import bootstrap
 from experiments.bootstrap import Counts, Interval
-from experiments.collect import MEAN, Job, load_finished, read_predictions, target_names
+from experiments.collect import MEAN, RIM, Job, load_finished, read_predictions, target_names
 from sam import corpora
 from sam.errors import SamError
 from sam.launch import compose
 from sam.prompts import fold
-from sam.results import PREDICTIONS, RIM
+from sam.results import PREDICTIONS
 
 BASELINE, METHOD = "unified", "SaM"
 MEAN_EXPERT, BEST_EXPERT = "experts, mean", "experts, best"

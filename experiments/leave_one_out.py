@@ -16,6 +16,7 @@ from experiments import render
 from experiments.collect import (
     COMBINED,
     MEAN,
+    RIM,
     Job,
     label,
     load_finished,
@@ -26,7 +27,7 @@ from experiments.collect import (
 )
 from experiments.render import Cell, Key, Table
 from sam.errors import SamError
-from sam.results import RIM, write_text
+from sam.results import write_text
 
 DOMAIN = "experts.exclude"
 OPEN, BOTH = "open types", "both"

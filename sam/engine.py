@@ -6,10 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 
 from sam import grammar, prompts
-from sam.base import BaseSpec, folder, identity, settings_hash
+from sam.base import Identity
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Generator, Request
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, model_key
@@ -30,9 +29,10 @@ class Engine:
     """
 
     def __init__(
-        self, spec: BaseSpec, pool: Pool, generator: Generator, cache: CompletionCache, constrained: bool = False
+        self, pool: Pool, generator: Generator, cache: CompletionCache, base: Identity, constrained: bool = False
     ) -> None:
-        self.spec, self.pool, self.generator, self.cache = spec, pool, generator, cache
+        """``base``: what the base model of ``generator`` is. ``constrained``: completions are held to the grammar."""
+        self.pool, self.generator, self.cache, self.base = pool, generator, cache, base
         self.constrained = constrained
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
@@ -44,16 +44,6 @@ class Engine:
         self.pool, self.cache = pool, cache
         self.seconds.clear()
         self.counts.clear()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The base model's fingerprint."""
-        return identity(self.spec)
-
-    @cached_property
-    def settings(self) -> str:
-        """The hash of the base model's tokenizer and config."""
-        return settings_hash(folder(self.spec))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -72,7 +62,7 @@ class Engine:
 
     def key(self, experts: Sequence[str], merge: MergeSpec) -> str:
         """What names the merged model (see :func:`sam.merging.model_key`)."""
-        return model_key(self.fingerprint, [self.adapter(e) for e in experts], list(experts), merge)
+        return model_key(self.base.fingerprint, [self.adapter(e) for e in experts], list(experts), merge)
 
     def predict(
         self,
@@ -86,7 +76,7 @@ class Engine:
         requests = [grammar.request(types, text, self.constrained) for types, text in asked]
         key = self.key(experts, merge)
         model = self.cache.model(
-            key, {**self.generator.key(), "prompt": prompts.PROMPT_VERSION, "settings": self.settings}
+            key, {**self.generator.key(), "prompt": prompts.PROMPT_VERSION, "settings": self.base.settings}
         )
         kept = self.cache.get(model, requests)
         known = {requests[i]: completion for i, completion in kept.items()}

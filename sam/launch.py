@@ -30,6 +30,8 @@ from sam.tracking import check_logger
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from sam.runs.run import Models
+
 log = logging.getLogger(__name__)
 
 FAILED: list[tuple[str, str]] = []
@@ -181,10 +183,11 @@ def job(cfg: DictConfig) -> float:
 
 
 def _run_job(cfg: DictConfig, folder: Path, overrides: list[str], group: str | None) -> float:
+    config = None
     try:
         config = plain(cfg)
         if not read_finished(folder):
-            write_status(folder, "running", overrides)
+            write_status(folder, "running", overrides, config=config)
         value = run_task(config, folder, overrides, group)
     except Exception as caught:
         # What a path in the config cannot be read or written for is the user's to mend.
@@ -195,11 +198,11 @@ def _run_job(cfg: DictConfig, folder: Path, overrides: list[str], group: str | N
         log.debug("traceback", exc_info=True)
         if not isinstance(error, SamError) or os.environ.get("HYDRA_FULL_ERROR"):
             log.exception("the job failed")
-        write_status(folder, "failed", overrides, message)
+        write_status(folder, "failed", overrides, message, config)
         FAILED.append((" ".join(overrides) or "job", message))
         say(f"error: {message}")
         return float("nan")
-    write_status(folder, "done", overrides)
+    write_status(folder, "done", overrides, config=config)
     return value
 
 
@@ -246,12 +249,20 @@ def _run_task(config: dict[str, Any], folder: Path, overrides: list[str], group:
         raise SamError(f"trainer.devices={config['trainer']['devices']} must be 1; run one job a device instead")
     check_logger(config["logger"])
     if config["task"]["name"] == "train":
-        from sam.tasks.train import train
+        from sam.runs.train import train
 
         return train(config, folder, group)
-    from sam.tasks.extract import extract
+    from sam.runs.run import run
 
-    return extract(config, folder, overrides, group)
+    return run(config, folder, overrides, group, held())
+
+
+@cache
+def held() -> Models:
+    """What the jobs of this process share."""
+    from sam.runs.run import Models
+
+    return Models()
 
 
 def quiet() -> None:

@@ -1,4 +1,4 @@
-"""SamModule: selection, merging, decoding and scoring of one target, as a LightningModule."""
+"""SamModule: a run of one target under Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from sam.combine import check_rule, combine
+from sam import pipeline
 from sam.encoder import Encoder
-from sam.engine import SINGLE, Engine
+from sam.engine import Engine
 from sam.errors import SamError
-from sam.merging import MergeSpec
 from sam.ner import Prediction, Sentence
-from sam.scoring import Scores, score
-from sam.selection import Query, Selection, check, select
+from sam.selection import Selection
 from sam.targets import Target
 
 BATCH = 64
@@ -26,41 +24,16 @@ BATCH = 64
 class SamModule(L.LightningModule):
     """``Trainer.test(module)`` scores the target, ``Trainer.predict(module)`` returns its predictions, longest first.
 
-    Selection happens in ``setup``; then there is one dataloader a task model, so that each merge is applied once.
-    After a run, ``selections``, ``predictions`` (model -> sentence id -> prediction), ``combined()`` and ``scores()``
-    hold what was found. ``named`` selections take ``experts``.
+    The numbers are those of :func:`sam.pipeline.run`. Selection happens in ``setup``; then there is one dataloader per
+    task model, so that each is merged once. ``selections``, ``predictions`` and ``result()`` hold the outcome.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        encoder: Encoder,
-        target: Target,
-        *,
-        selector: str = "sam",
-        k: int = 3,
-        sample_size: int = 10,
-        merge: MergeSpec,
-        rule: str = "union",
-        seed: int = 0,
-        names: Sequence[str] | None = None,
-        experts: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, engine: Engine, encoder: Encoder, target: Target, method: pipeline.Method) -> None:
         super().__init__()
-        pool_names = list(engine.pool.names if names is None else names)
-        check(selector, k, sample_size, pool_names, engine.pool, experts)
-        merge.validate()
-        check_rule(rule)
-        self.engine, self.target, self.merge, self.rule, self.selector = engine, target, merge, rule, selector
-        self.query = Query(
-            target, engine.pool, pool_names, encoder, self._ask, k, sample_size, seed, experts=tuple(experts)
-        )
+        method.check(engine.pool)
+        self.engine, self.encoder, self.target, self.method = engine, encoder, target, method
         self.selections: dict[str, Selection] = {}
         self.predictions: dict[str, dict[str, Prediction]] = {}
-
-    def _ask(self, expert: str, texts: Sequence[str]) -> list[Prediction]:
-        """What one expert alone finds, for selection."""
-        return self.engine.predict([expert], SINGLE, [(self.target.types_of_text(text), text) for text in texts])
 
     def setup(self, stage: str) -> None:
         """Select, once. Raises SamError where a target without gold is to be scored."""
@@ -68,7 +41,7 @@ class SamModule(L.LightningModule):
             raise SamError(f"target {self.target.name} has no gold to score against; use Trainer.predict")
         if not self.selections:
             with self.engine.timed("select"):
-                self.selections = select(self.selector, self.query)
+                self.selections = pipeline.select_for(self.method, self.target, self.engine, self.encoder)
             self.predictions = {name: {} for name in self.selections}
 
     def _loaders(self, sentences: Sequence[Sentence]) -> list[DataLoader]:
@@ -77,56 +50,42 @@ class SamModule(L.LightningModule):
         return [DataLoader(ordered, batch_size=BATCH, collate_fn=list) for _ in self.selections]  # type: ignore[arg-type]
 
     def test_dataloader(self) -> list[DataLoader]:
-        """The sentences with gold, once a task model."""
+        """The sentences with gold, once per task model."""
         return self._loaders(self.target.scored)
 
     def predict_dataloader(self) -> list[DataLoader]:
-        """All sentences, once a task model."""
+        """All sentences, once per task model."""
         return self._loaders(self.target.sentences)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Sentences have no device; the engine puts token ids on the base model's."""
+        """Sentences have no device."""
         return batch
 
     def _step(self, batch: list[Sentence], loader: int) -> list[Prediction]:
         name = list(self.selections)[loader]
         asked = [(self.target.types_of(s), s.text) for s in batch]
-        found = self.engine.predict(self.selections[name].experts, self.merge, asked)
-        self.predictions[name].update({s.id: p for s, p in zip(batch, found, strict=True)})
-        return found
+        made = self.engine.predict(self.selections[name].experts, self.method.merge, asked)
+        self.predictions[name].update({s.id: p for s, p in zip(batch, made, strict=True)})
+        return made
 
     def test_step(self, batch: list[Sentence], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Decode a chunk with one task model."""
+        """Predict a batch with one task model."""
         self._step(batch, dataloader_idx)
 
     def predict_step(self, batch: list[Sentence], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Decode a chunk with one task model; returns a dict a sentence: id, model, and the prediction's fields.
+        """Predict a batch with one task model; one dict per sentence: id, model, and the prediction's fields.
 
         Plain values, as Lightning copies what it collects, and cannot copy a frozen dataclass.
         """
-        found, model = self._step(batch, dataloader_idx), list(self.selections)[dataloader_idx]
-        return [{"id": s.id, "model": model, **asdict(p)} for s, p in zip(batch, found, strict=True)]
+        made, model = self._step(batch, dataloader_idx), list(self.selections)[dataloader_idx]
+        return [{"id": s.id, "model": model, **asdict(p)} for s, p in zip(batch, made, strict=True)]
 
     def on_test_epoch_end(self) -> None:
         """Log precision, recall and F1 of each task model and of the combination."""
-        for name, scores in self.scores().items():
+        for name, scores in self.result().scores.items():
             for metric in ("precision", "recall", "f1", "span_f1"):
                 self.log(f"{self.target.name}/{name}/{metric}", getattr(scores, metric))
 
-    def combined(self) -> dict[str, Prediction]:
-        """Sentence id -> the task models' predictions combined, for the sentences that all have answered."""
-        models = list(self.predictions.values())
-        voices = [len(self.selections[name].experts) for name in self.predictions]
-        done = [s for s in self.target.sentences if all(s.id in predicted for predicted in models)]
-        return {
-            s.id: combine([m[s.id] for m in models], s.text, self.rule, self.target.types_of(s), voices) for s in done
-        }
-
-    def scores(self) -> dict[str, Scores]:
-        """The scores of each task model and, under ``combined``, of their combination.
-
-        Scored are the sentences with gold that all task models have answered; ``n`` says how many.
-        """
-        found: dict[str, Any] = {**self.predictions, "combined": self.combined()}
-        scored = [s for s in self.target.scored if s.id in found["combined"]]
-        return {name: score(scored, [predicted[s.id] for s in scored]) for name, predicted in found.items()}
+    def result(self) -> pipeline.TargetResult:
+        """Selections, predictions and scores so far, of the sentences that all task models have predictions for."""
+        return pipeline.result(self.method, self.target, self.selections, self.predictions)

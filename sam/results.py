@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,9 +22,6 @@ SCORES_VERSION = 3
 """Raise it with every change to how answers are read, ranked, combined or scored: no older result stands then."""
 RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")
-
-RIM = ("logger", "trainer", "completions", "cache", "sweep", "task", "train", "domain")
-"""Config sections that cannot change what is extracted; they stay out of the config hash."""
 
 
 def versions() -> dict[str, str]:
@@ -72,13 +68,6 @@ def peak_memory_mb() -> int:
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 
 
-def config_hash(config: Mapping[str, Any], **facts: Any) -> str:
-    """The hash of a resolved config without :data:`RIM`, and of ``facts`` it stands on (expert hashes, code)."""
-    science = {key: value for key, value in config.items() if key not in RIM}
-    text = json.dumps([science, facts], sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write by rename, so that a file that is there is whole."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -110,6 +99,13 @@ def read_done(folder: Path, digest: str) -> dict[str, Any] | None:
     return result if same else None
 
 
-def write_status(folder: Path, state: str, overrides: Iterable[str], error: str | None = None) -> None:
-    """``state``: running | failed | done, for the sweep's summary and for tables."""
-    write_json(folder / STATUS, {"state": state, "error": error, "overrides": list(overrides)})
+def write_status(
+    folder: Path,
+    state: str,
+    overrides: Iterable[str],
+    error: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """``state``: running | failed | done, for the sweep's summary and for tables; ``config``: the composed one."""
+    status = {"state": state, "error": error, "overrides": list(overrides), "config": config}
+    write_json(folder / STATUS, json.loads(json.dumps(status, default=str)))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TARGETS = {"mini_ai": 36, "mini_music": 30}
 EXPERTS = ("stem", "news", "legal", "social", "biomedical", "traffic")
 RANKINGS = ("domain", "sampling")
@@ -50,10 +52,25 @@ def write_job(folder: Path, config: dict[str, Any], f1: dict[str, float], overri
     return folder
 
 
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The config of made-up jobs with ``overrides`` such as ``k=1``, ``merge=ties`` and ``merge.density=0.4``."""
+    config: dict[str, Any] = {"merge": {"name": "ties", "seed": 0}, "k": 3, "seed": 0, "selector": {"name": "sam"}}
+    config |= {"combine": {"rule": "union"}, "base": {"name": "tiny"}}
+    for override in sorted(overrides):
+        key, _, text = override.partition("=")
+        value = yaml.safe_load(text)
+        group, _, leaf = key.partition(".")
+        if leaf or group in ("merge", "selector"):
+            config[group] = {**config[group], leaf or "name": value}
+        else:
+            config[group] = value
+    return config
+
+
 def write_status(folder: Path, state: str, overrides: Sequence[str], error: str = "") -> Path:
     """An unfinished job. Returns its folder."""
     folder.mkdir(parents=True)
-    status = {"state": state, "error": error, "overrides": list(overrides)}
+    status = {"state": state, "error": error, "overrides": list(overrides), "config": composed(overrides)}
     (folder / "status.json").write_text(json.dumps(status), encoding="utf-8")
     return folder
 

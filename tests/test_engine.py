@@ -12,7 +12,7 @@ import torch
 
 import sam.engine
 from sam import prompts
-from sam.base import Base, BaseSpec
+from sam.base import Base, BaseSpec, Identity
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
@@ -28,6 +28,7 @@ TEXTS = ["Ada went to Bath.", "Alan Turing worked at Bletchley Park near London"
 TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
 DARE = MergeSpec("dare", density=0.5, seed=0)
 LINEAR = MergeSpec("linear")
+BASE = Identity("fingerprint", "settings")
 
 MakeEngine = Callable[..., Engine]
 
@@ -43,12 +44,12 @@ def cache(tmp_path: Path) -> CompletionCache:
 
 
 @pytest.fixture
-def engine(tiny_spec: BaseSpec, pool: Pool) -> MakeEngine:
+def engine(pool: Pool) -> MakeEngine:
     """An engine with a fake generator; without a cache nothing outlives it."""
 
     def make(cache: CompletionCache | None = None, constrained: bool = False, **options: Any) -> Engine:
         generator = FakeGenerator(numbered, **options)
-        return Engine(tiny_spec, pool, generator, cache or CompletionCache(None), constrained)
+        return Engine(pool, generator, cache or CompletionCache(None), BASE, constrained)
 
     return make
 
@@ -75,7 +76,7 @@ def test_predictions_are_those_of_the_merge_by_hand(
     with merged(tiny.model, merge_modules(adapters, names, merge)):
         by_hand = [oracle(tiny, Request(prompts.prefix(TYPES), prompts.suffix(text)), 8) for text in TEXTS]
     generator = TransformersGenerator(tiny_spec, "cpu", 8, 2)
-    found = Engine(tiny_spec, pool, generator, CompletionCache(None)).predict(names, merge, asked())
+    found = Engine(pool, generator, CompletionCache(None), BASE).predict(names, merge, asked())
     assert found == [prompts.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
 
 

@@ -268,6 +268,7 @@ def test_a_failed_job_leaves_its_error_and_no_frame(
         "state": "failed",
         "error": "k=99 must lie in 1..3",
         "overrides": ["n=a", "limit=3"],
+        "config": {"task": {"name": "run"}},
     }
     err = capsys.readouterr().err
     assert err.splitlines().count("error: k=99 must lie in 1..3") == 2
@@ -303,7 +304,7 @@ def test_a_job_that_works_is_done(job: Job, monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     ("mistake", "named"),
     [
-        ("corrupt", ("news", "missing or corrupt")),
+        ("corrupt", ("news", "damaged")),
         ("other base", ("'news'", "trained on base other")),
         ("old prompt", ("'news'", "prompt version")),
         ("no gold type", ("target.types", "'actr'", "actor")),

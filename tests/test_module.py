@@ -10,6 +10,8 @@ import lightning as L
 import pytest
 
 import sam
+from sam import pipeline
+from sam.base import Identity
 from sam.combine import combine
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
@@ -18,8 +20,9 @@ from sam.generation import CompletionCache
 from sam.merging import MergeSpec
 from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence
+from sam.pipeline import Method
 from sam.scoring import score
-from sam.selection import Query, domain, sampling, select
+from sam.selection import Query, domain, sampling
 from sam.targets import Target
 from tests.fakes import FakeGenerator, Reply, capitals, numbered
 from tests.tiny import HashEncoder, one_line
@@ -44,11 +47,11 @@ def pool(shared_pool: Pool) -> Pool:
 
 
 @pytest.fixture
-def make(tiny_spec: Any, pool: Pool) -> MakeModule:
+def make(pool: Pool) -> MakeModule:
     def module(target: Target = TARGET, reply: Reply = numbered, **options: Any) -> SamModule:
-        engine = Engine(tiny_spec, pool, FakeGenerator(reply), CompletionCache(None))
-        settings: dict[str, Any] = {"k": 2, "sample_size": 3, "merge": TIES, **options}
-        return SamModule(engine, HashEncoder(), target, **settings)
+        engine = Engine(pool, FakeGenerator(reply), CompletionCache(None), Identity("f", "s"))
+        settings: dict[str, Any] = {"k": 2, "sample_size": 3, "merge": TIES, "names": tuple(pool.names), **options}
+        return SamModule(engine, HashEncoder(), target, Method(**settings))
 
     return module
 
@@ -76,12 +79,12 @@ def test_predictions_are_those_of_each_step_by_hand(make: MakeModule, pool: Pool
         assert module.predictions[name] == {s.id: p for s, p in zip(SENTENCES, by_hand, strict=True)}
     for s in SENTENCES:
         both = [module.predictions["domain"][s.id], module.predictions["sampling"][s.id]]
-        assert module.combined()[s.id] == combine(both, s.text, "union", TYPES)
+        assert module.result().combined[s.id] == combine(both, s.text, "union", TYPES)
 
 
 def test_the_default_selector_is_that_of_the_paper(make: MakeModule) -> None:
     module = make(merge=TIES)
-    assert (module.selector, module.rule) == ("sam", "union")
+    assert (module.method.selector, module.method.rule) == ("sam", "union")
     assert sam.SamModule is SamModule
 
 
@@ -89,11 +92,11 @@ def test_union_scores_and_logged_metrics(make: MakeModule) -> None:
     module = make(reply=capitals)
     logged = trainer().test(module, verbose=False)
     labelled = [s for s in SENTENCES if s.mentions is not None]
-    scores = module.scores()
+    scores = module.result().scores
     assert list(scores) == ["domain", "sampling", "combined"]
     for name in ("domain", "sampling"):
         assert scores[name] == score(labelled, [module.predictions[name][s.id] for s in labelled])
-    union = module.combined()
+    union = module.result().combined
     assert set(union) == {s.id for s in labelled}
     for s in labelled:
         pairs = [set(module.predictions[name][s.id].pairs) for name in ("domain", "sampling")]
@@ -113,7 +116,7 @@ def test_union_scores_and_logged_metrics(make: MakeModule) -> None:
 
 
 def test_predict_returns_what_it_keeps(make: MakeModule) -> None:
-    module = make(selector="named", experts=["news", "stem"], reply=capitals)
+    module = make(selector="named", experts=("news", "stem"), reply=capitals)
     returned = {row["id"]: row for batch in trainer().predict(module) for row in batch}
     assert set(returned) == set(module.predictions["named"]) == {s.id for s in SENTENCES}
     for key, prediction in module.predictions["named"].items():
@@ -125,7 +128,7 @@ def test_predictions_do_not_depend_on_the_order_of_sentences(make: MakeModule) -
     for module in (forward, backward):
         trainer().predict(module, return_predictions=False)
     assert forward.predictions == backward.predictions
-    assert forward.combined() == backward.combined()
+    assert forward.result().combined == backward.result().combined
 
 
 def fails(*args: Any) -> None:
@@ -139,15 +142,16 @@ def test_a_target_without_gold_can_be_predicted_but_not_tested(make: MakeModule)
     assert "Trainer.predict" in one_line(error)
     module = make(blind)
     trainer().predict(module)
-    assert set(module.combined()) == {s.id for s in SENTENCES}
-    assert module.selections == select("sam", module.query)
+    assert set(module.result().combined) == {s.id for s in SENTENCES}
+    again = pipeline.select_for(module.method, blind, module.engine, HashEncoder())
+    assert module.selections == again
 
 
 def test_a_part_of_the_batches_is_scored_as_that_part(make: MakeModule) -> None:
     many = tuple(Sentence(f"s{i}", f"Ada met Bob {i}", (Mention(0, 3, "person"),)) for i in range(90))
     module = make(Target("t", TYPES, many, TARGET.unlabelled), reply=capitals)
     trainer(limit_test_batches=1).test(module, verbose=False)
-    assert 0 < module.scores()["combined"].n < 90
+    assert 0 < module.result().scores["combined"].n < 90
 
 
 def test_a_second_run_selects_no_more(make: MakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +171,7 @@ def test_a_second_run_selects_no_more(make: MakeModule, monkeypatch: pytest.Monk
         ({"sample_size": 0}, ("sample_size=0",)),
         ({"rule": "most"}, ("most", "union")),
         ({"merge": MergeSpec("ties")}, ("merge=ties", "density")),
-        ({"selector": "named", "experts": ["sports"]}, ("'sports'",)),
+        ({"selector": "named", "experts": ("sports",)}, ("'sports'",)),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(
@@ -184,14 +188,14 @@ def test_a_sentence_with_types_of_its_own_is_asked_for_those(make: MakeModule) -
     module = make(
         Target("t", TYPES, (*SENTENCES, own), TARGET.unlabelled),
         selector="named",
-        experts=["news", "stem"],
+        experts=("news", "stem"),
         reply=capitals,
     )
     trainer().test(module, verbose=False)
     predicted = module.predictions["named"]
     assert {t for t, _ in predicted["s5"].pairs} <= {"knight", "isle"} and predicted["s5"].not_asked == 0
     assert all({t for t, _ in predicted[s.id].pairs} <= set(TYPES) for s in SENTENCES if s.mentions is not None)
-    assert (module.combined()["s5"].pairs, module.combined()["s5"].mentions) == (
+    assert (module.result().combined["s5"].pairs, module.result().combined["s5"].mentions) == (
         predicted["s5"].pairs,
         predicted["s5"].mentions,
     )

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from experiments.collect import load_jobs, natural_key, score, score_frame, sele
 from experiments.render import csv_text, escape, latex, markdown
 from experiments.tables import Spec, build_table, main, tables_per_target
 from sam.errors import SamError
-from tests.sweeps import make_sweep, write_job, write_status
+from tests.sweeps import composed, make_sweep, write_job, write_status
 
 
 def job(root: Path, name: str, f1: float, **config: object) -> Path:
@@ -65,18 +66,21 @@ def test_failed_running_and_absent_cells(tmp_path: Path) -> None:
     assert "% failed: k=10,merge=ties: CUDA out of memory" in latex(table)
 
 
-def test_failed_job_takes_its_group_from_finished_jobs_with_the_same_override(tmp_path: Path) -> None:
-    merge = {"name": "ties", "density": 0.1, "seed": 0}
-    write_job(tmp_path / "a", {"merge": merge, "k": 1}, {"mini_ai": 0.5}, ["k=1", "merge=ties_thin"])
-    write_job(
-        tmp_path / "b", {"merge": {"name": "linear", "seed": 0}, "k": 1}, {"mini_ai": 0.5}, ["k=1", "merge=linear"]
+def test_an_unfinished_job_has_the_config_of_its_status(tmp_path: Path) -> None:
+    write_job(tmp_path / "a", {"k": 1}, {"mini_ai": 0.5}, ["k=1"])
+    write_status(tmp_path / "b", "failed", ["merge=dare", "merge.density=0.4", "k=6"], "no\nmemory")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "status.json").write_text(
+        json.dumps({"state": "failed", "error": "k has no value", "config": None})
     )
-    write_status(tmp_path / "c", "failed", ["merge=ties_thin", "k=6"], "no\nmemory")
-    write_status(tmp_path / "d", "failed", ["merge.density=0.4", "merge=ties_thin", "k=6"], "other")
-    thin, dense = (j for j in load_jobs(tmp_path) if j.state == "failed")
-    assert (thin.config["merge.name"], thin.config["merge.density"], thin.config["k"]) == ("ties", 0.1, 6)
-    assert (dense.config["merge.density"], dense.config["base.name"]) == (0.4, "tiny")
-    assert thin.error == "no memory"
+    with_config, without = (j for j in load_jobs(tmp_path) if j.state == "failed")
+    assert [with_config.config[p] for p in ("merge.name", "merge.density", "k", "base.name")] == [
+        "dare",
+        0.4,
+        6,
+        "tiny",
+    ]
+    assert with_config.error == "no memory" and without.config == {}
 
 
 def test_conflict_names_the_differing_paths(tmp_path: Path) -> None:
@@ -105,7 +109,8 @@ def test_config_that_cannot_change_a_result_is_no_conflict(tmp_path: Path) -> No
 def test_result_older_than_a_failed_attempt_is_stale(tmp_path: Path) -> None:
     job(tmp_path, "a", 0.5, k=1)
     folder = job(tmp_path, "k=3,merge=ties", 0.6)
-    status = {"state": "failed", "error": "no memory", "overrides": ["k=3", "merge=ties"]}
+    status: dict[str, Any] = {"state": "failed", "error": "no memory", "overrides": ["k=3", "merge=ties"]}
+    status["config"] = composed(["k=3", "merge=ties"])
     (folder / "status.json").write_text(json.dumps(status))
     os.utime(folder / "status.json", (2e9, 2e9))
     assert table_text(tmp_path)[2] == "| ties | 50.0 | failed |"

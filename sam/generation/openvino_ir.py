@@ -76,9 +76,10 @@ def converted(spec: BaseSpec) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
-                from sam.console import console
+                from sam.console import console, say
 
-                with console().status(f"Converting {spec.name} to OpenVINO (once)"):
+                say(f"Converting {spec.name} to OpenVINO (once, into {target})")
+                with console().status("Converting"):
                     base = load(BaseSpec(**{**vars(spec), "fold": None}), "cpu")
                     for rest in target.parent.glob(f".{target.name}-*"):
                         shutil.rmtree(rest, ignore_errors=True)  # of a conversion that was killed; the lock is ours

@@ -8,41 +8,43 @@ from typing import Any
 
 from sam import prompts
 from sam.console import print_table, say
+from sam.engine import Engine
 from sam.ner import Mention, Prediction
+from sam.pipeline import COMBINED, Method, TargetResult
 from sam.results import PREDICTIONS, RESULT, peak_memory_mb
-from sam.selection.select import SELECTORS
+from sam.selection import SELECTORS
 
 MAIN = ("precision", "recall", "f1", "span_f1")
 
 
-def section(module: Any, took: Mapping[str, Any]) -> dict[str, Any]:
-    """One target's section of ``result.json``; ``took``: model -> what its answers took."""
-    target, scored = module.target, bool(module.target.scored)
-    scores = {name: s.to_dict() for name, s in module.scores().items()} if scored else {}
+def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, Any]:
+    """One target's section of ``result.json``."""
+    target, spent = result.target, result.spent
+    scores = {name: s.to_dict() for name, s in result.scores.items()}
     models = {
         name: {
             "experts": list(selection.experts),
-            "model_key": module.engine.key(selection.experts, module.merge),
+            "model_key": engine.key(selection.experts, method.merge),
             "scores": scores.get(name),
-            "seconds": {"merge": took[name].merge, "generate": took[name].generate},
-            "generated": took[name].generated,
+            "seconds": {"merge": spent[name].merge, "generate": spent[name].generate},
+            "generated": spent[name].generated,
         }
-        for name, selection in module.selections.items()
+        for name, selection in result.selections.items()
     }
     return {
         "n": len(target.sentences),
         "types": list(target.types),
-        "labels_used_for_selection": SELECTORS[module.selector].uses_gold,
-        "selections": {name: s.to_dict() for name, s in module.selections.items()},
+        "labels_used_for_selection": SELECTORS[method.selector].uses_gold,
+        "selections": {name: s.to_dict() for name, s in result.selections.items()},
         "models": models,
-        "combined": {"rule": module.rule, "scores": scores.get("combined")},
-        "seconds": round(sum(spent.merge + spent.generate for spent in took.values()), 2),
+        "combined": {"rule": method.rule, "scores": scores.get(COMBINED)},
+        "seconds": round(sum(one.merge + one.generate for one in spent.values()), 2),
     }
 
 
-def prediction_rows(module: Any) -> list[dict[str, Any]]:
+def prediction_rows(result: TargetResult) -> list[dict[str, Any]]:
     """One target's lines of ``predictions.jsonl``, in the order of its sentences."""
-    target, combined = module.target, module.combined()
+    target = result.target
     return [
         {
             "target": target.name,
@@ -52,9 +54,9 @@ def prediction_rows(module: Any) -> list[dict[str, Any]]:
             "prompt": prompts.render(target.types_of(s), s.text),
             "models": {
                 name: {"answer": found[s.id].answer, **_found(found[s.id])}
-                for name, found in module.predictions.items()
+                for name, found in result.predictions.items()
             },
-            "combined": _found(combined[s.id]),
+            "combined": _found(result.combined[s.id]),
         }
         for s in target.sentences
     ]
@@ -68,7 +70,7 @@ def _found(prediction: Prediction) -> dict[str, Any]:
     return {"pairs": [list(p) for p in prediction.pairs], "mentions": [_mention(m) for m in prediction.mentions]}
 
 
-def sections(targets: dict[str, Any], engine: Any) -> dict[str, Any]:
+def sections(targets: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
     import torch
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import sam.tasks.extract
+import sam.runs.run
 from sam import launch, prompts
 from sam.base import BaseSpec
 from sam.combine import combine
@@ -22,12 +23,14 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import AdapterDeltas
+from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence
 from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
+from sam.runs.plan import identified, plan
+from sam.runs.run import Models, run
 from sam.scoring import score
 from sam.targets import mini
-from sam.tasks.extract import extract, module_of, plan
 from tests.fakes import FakeGenerator
 from tests.tiny import HashEncoder, make_card, one_line
 
@@ -47,8 +50,7 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
     launch.register_resolvers()
     monkeypatch.setattr(sys, "argv", ["run.py"])
     monkeypatch.setenv("SAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sam.tasks.extract, "_HELD", {})
-    monkeypatch.setattr(sam.tasks.extract, "Encoder", lambda spec: HashEncoder())
+    monkeypatch.setattr("sam.encoder.Encoder", lambda spec: HashEncoder())
     fixed = ["base=local", f"base.location={tiny_spec.location}", f"experts.path={pool.path}", "logger=none"]
     fixed += [
         "generator._target_=tests.fakes.mixed_generator",
@@ -77,7 +79,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_predictions_scored_again_give_the_result(composed: Compose, tmp_path: Path) -> None:
-    f1 = extract(composed("target=[mini_movie,mini_music]"), tmp_path / "r", [], None)
+    f1 = run(composed("target=[mini_movie,mini_music]"), tmp_path / "r", [], None)
     result, rows = result_of(tmp_path / "r"), rows_of(tmp_path / "r")
     assert list(result["targets"]) == ["mini_movie", "mini_music"]
     for name, target in result["targets"].items():
@@ -112,9 +114,10 @@ def test_predictions_scored_again_give_the_result(composed: Compose, tmp_path: P
 
 def test_a_result_says_what_it_stands_on(composed: Compose, pool: Pool, tmp_path: Path) -> None:
     config = composed()
-    extract(config, tmp_path / "r", ["k=2"], "sweep")
+    run(config, tmp_path / "r", ["k=2"], "sweep")
     result = result_of(tmp_path / "r")
-    assert result["config"] == json.loads(json.dumps(config))
+    assert result["config"] == json.loads(json.dumps({k: v for k, v in config.items() if k not in ("train", "domain")}))
+    assert result["generator"] == {"generator": "fake", "max_new_tokens": 160}
     assert result["overrides"] == ["k=2"]
     assert result["base"]["name"] == "local"
     assert len(result["base"]["fingerprint"]) == 64
@@ -133,34 +136,39 @@ def test_a_result_says_what_it_stands_on(composed: Compose, pool: Pool, tmp_path
 
 def again(monkeypatch: pytest.MonkeyPatch, config: Config, folder: Path) -> bool:
     """Whether ``config`` is run once more in ``folder``."""
-    real, calls = sam.tasks.extract.run_targets, []
+    real, calls = sam.runs.run.run_targets, []
 
     def run_targets(*args: Any) -> Any:
         calls.append(1)
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sam.tasks.extract, "run_targets", run_targets)
-        extract(config, folder, [], None)
+        patch.setattr(sam.runs.run, "run_targets", run_targets)
+        run(config, folder, [], None)
     return bool(calls)
 
 
 def test_what_is_done_is_left_alone(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    f1 = extract(composed(), tmp_path / "r", [], None)
+    f1 = run(composed(), tmp_path / "r", [], None)
     before = (tmp_path / "r" / RESULT).stat().st_mtime_ns
     assert not again(monkeypatch, composed(), tmp_path / "r")
     assert not again(monkeypatch, composed("completions=fresh", "trainer=auto", "sweep=x"), tmp_path / "r")
-    assert extract(composed(), tmp_path / "r", [], None) == f1
+    assert run(composed(), tmp_path / "r", [], None) == f1
     assert (tmp_path / "r" / RESULT).stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
-    "override", ["sample_size=2", "k=1", "seed=1", "merge=linear", "limit=5", "combine=intersection"]
+    "override",
+    [
+        *("sample_size=2", "k=1", "seed=1", "merge=linear", "merge.density=0.3", "limit=5", "combine=intersection"),
+        *("selector=domain", "experts.exclude=[news]", "decode.max_new_tokens=9", "decode=constrained"),
+        *("target.types=[actor]", "target=mini_music", "base.dtype=bfloat16"),
+    ],
 )
 def test_another_question_is_run_again(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
 ) -> None:
-    extract(composed(), tmp_path / "r", [], None)
+    run(composed(), tmp_path / "r", [], None)
     old = result_of(tmp_path / "r")["config_hash"]
     assert again(monkeypatch, composed(override), tmp_path / "r")
     assert result_of(tmp_path / "r")["config_hash"] != old
@@ -169,7 +177,7 @@ def test_another_question_is_run_again(
 def test_another_expert_is_run_again(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
 ) -> None:
-    extract(composed(), tmp_path / "r", [], None)
+    run(composed(), tmp_path / "r", [], None)
     card = Pool(pool.path).cards["news"]
     make_card("news", card.base_fingerprint, centroid=tuple(-x for x in card.centroid)).write(pool.path / "news")
     assert again(monkeypatch, composed(), tmp_path / "r"), "the centroid decides who is selected"
@@ -183,11 +191,11 @@ def test_another_expert_is_run_again(
 def test_jobs_of_one_process_share_what_they_can(
     composed: Compose, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = sam.tasks.extract._HELD
+    models = Models()
 
     def engine_after(*overrides: str) -> Any:
-        extract(composed("completions=fresh", *overrides), tmp_path / "-".join(["r", *overrides]), [], None)
-        return held["engine"][1]
+        run(composed("completions=fresh", *overrides), tmp_path / "-".join(["r", *overrides]), models=models)
+        return models._engine
 
     first = engine_after()
     counts = dict(first.counts)
@@ -206,25 +214,48 @@ def test_jobs_of_one_process_share_what_they_can(
     monkeypatch.setattr(FakeGenerator, "generate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine_after("seed=4")
-    assert not held
+    assert models._engine is None
+
+
+@pytest.mark.parametrize("moved", ["pool", "base", "target"])
+def test_a_result_does_not_depend_on_where_things_lie(
+    composed: Compose, tmp_path: Path, pool: Pool, tiny_spec: BaseSpec, monkeypatch: pytest.MonkeyPatch, moved: str
+) -> None:
+    """Two checkouts in different folders share their results."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "Ada in Bath", "mentions": [{"type": "person", "start": 0, "end": 3}]}')
+    there = {"pool": pool.path, "base": Path(str(tiny_spec.location)), "target": text}
+    options = {"pool": "experts.path", "base": "base.location", "target": "target.path"}
+    own = ["target=files", "target.types=[person]"]
+
+    def question(name: str, place: Path) -> Config:
+        places = {**there, name: place}
+        return composed(*own, *(f"{options[part]}={path}" for part, path in places.items()))
+
+    run(question(moved, there[moved]), tmp_path / "r")
+    place = tmp_path / "elsewhere" / there[moved].name
+    place.parent.mkdir()
+    copied = shutil.copytree if there[moved].is_dir() else shutil.copy
+    copied(there[moved], place)
+    assert not again(monkeypatch, question(moved, place), tmp_path / "r")
 
 
 def test_an_expert_that_is_not_looked_at_changes_nothing(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
 ) -> None:
     config = composed("experts.exclude=[news]")
-    extract(config, tmp_path / "r", [], None)
+    run(config, tmp_path / "r", [], None)
     card = Pool(pool.path).cards["news"]
     make_card("news", card.base_fingerprint, sentences=11).write(pool.path / "news")
     assert not again(monkeypatch, config, tmp_path / "r")
 
 
 def test_completions_are_shared_from_run_to_run(composed: Compose, tmp_path: Path) -> None:
-    extract(composed("k=1", "merge=ties"), tmp_path / "a", [], None)
-    extract(composed("k=1", "merge=dare"), tmp_path / "b", [], None)
+    run(composed("k=1", "merge=ties"), tmp_path / "a", [], None)
+    run(composed("k=1", "merge=dare"), tmp_path / "b", [], None)
     assert result_of(tmp_path / "b")["completions"].get("generated", 0) == 0
     assert result_of(tmp_path / "b")["overall"] == result_of(tmp_path / "a")["overall"]
-    extract(composed("k=1", "merge=dare", "completions=fresh"), tmp_path / "c", [], None)
+    run(composed("k=1", "merge=dare", "completions=fresh"), tmp_path / "c", [], None)
     assert result_of(tmp_path / "c")["completions"]["generated"] > 0
     assert result_of(tmp_path / "c")["overall"] == result_of(tmp_path / "a")["overall"]
 
@@ -232,40 +263,54 @@ def test_completions_are_shared_from_run_to_run(composed: Compose, tmp_path: Pat
 def test_what_fails_before_its_start_takes_no_result_away(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(composed(), tmp_path / "r", [], None)
+    run(composed(), tmp_path / "r", [], None)
     before = (tmp_path / "r" / RESULT).read_bytes()
 
     def refuses(*args: Any, **options: Any) -> None:
         raise SamError("no W&B")
 
-    monkeypatch.setattr(sam.tasks.extract, "tracked", refuses)
+    monkeypatch.setattr(sam.runs.run, "tracked", refuses)
     with pytest.raises(SamError, match="no W&B"):
-        extract(composed("k=1"), tmp_path / "r", ["k=1"], None)
+        run(composed("k=1"), tmp_path / "r", ["k=1"], None)
     assert (tmp_path / "r" / RESULT).read_bytes() == before
 
 
-def test_a_module_runs_what_was_planned(composed: Compose) -> None:
+def test_a_plan_holds_the_method_of_its_config(composed: Compose) -> None:
     planned = plan(
         composed("k=1", "sample_size=4", "seed=5", "selector=sampling", "combine=vote", "experts.only=[news]")
     )
-    engine = Engine(planned.base, planned.pool, planned.generator, CompletionCache(None))
-    module = module_of(planned, planned.targets[0], engine, HashEncoder())
-    query = module.query
-    assert (module.selector, module.rule, module.merge) == ("sampling", "vote", planned.merge)
-    assert (query.k, query.sample_size, query.seed, list(query.names)) == (1, 4, 5, ["news"])
+    method = planned.method
+    assert (method.selector, method.rule, method.names) == ("sampling", "vote", ("news",))
+    assert (method.k, method.sample_size, method.seed, method.merge.name) == (1, 4, 5, "ties")
+
+
+def test_lightning_gives_the_numbers_of_a_run(composed: Compose, tmp_path: Path) -> None:
+    planned = plan(composed())
+    run(composed(), tmp_path / "r")
+    expected = result_of(tmp_path / "r")["targets"]["mini_movie"]
+    engine = Engine(planned.pool, planned.generator, CompletionCache(None), identified(planned))
+    module = SamModule(engine, HashEncoder(), planned.targets[0], planned.method)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.test(module, verbose=False)
+    tested = {name: scores.to_dict() for name, scores in module.result().scores.items()}
+    trainer.predict(module, return_predictions=False)
+    predicted = {name: scores.to_dict() for name, scores in module.result().scores.items()}
+    by_run = {name: model["scores"] for name, model in expected["models"].items()}
+    by_run["combined"] = expected["combined"]["scores"]
+    assert json.loads(json.dumps(tested)) == json.loads(json.dumps(predicted)) == by_run
 
 
 def test_an_old_result_does_not_pass_for_a_new_run_that_dies(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(composed(), tmp_path / "r", [], None)
+    run(composed(), tmp_path / "r", [], None)
 
     def dies(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sam.tasks.extract, "run_targets", dies)
+    monkeypatch.setattr(sam.runs.run, "run_targets", dies)
     with pytest.raises(KeyboardInterrupt):
-        extract(composed("k=1"), tmp_path / "r", ["k=1"], None)
+        run(composed("k=1"), tmp_path / "r", ["k=1"], None)
     assert not (tmp_path / "r" / RESULT).exists()
     status = json.loads((tmp_path / "r" / STATUS).read_text())
     assert (status["state"], status["overrides"]) == ("running", ["k=1"])
@@ -275,18 +320,18 @@ def test_sentences_without_gold_are_predicted_and_not_scored(composed: Compose, 
     path = tmp_path / "mine.txt"
     path.write_text("a film with ada lovelace\nanother one\n")
     overrides = ["target=files", f"target.path={path}", "target.types=[actor,year]"]
-    assert str(extract(composed(*overrides), tmp_path / "r", [], None)) == "nan"
+    assert str(run(composed(*overrides), tmp_path / "r", [], None)) == "nan"
     result, rows = result_of(tmp_path / "r"), rows_of(tmp_path / "r")
     assert result["overall"] is None
     assert result["targets"]["files"]["combined"]["scores"] is None
     assert [row["gold"] for row in rows] == [None, None]
     assert {row["prompt"].partition("\n")[0] for row in rows} == {"Entity types: actor, year"}
     # Once more: what is done is done, also without a score.
-    assert str(extract(composed(*overrides), tmp_path / "r", [], None)) == "nan"
+    assert str(run(composed(*overrides), tmp_path / "r", [], None)) == "nan"
 
 
 def test_the_oracle_is_labelled(composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    extract(composed("selector=oracle"), tmp_path / "r", [], None)
+    run(composed("selector=oracle"), tmp_path / "r", [], None)
     target = result_of(tmp_path / "r")["targets"]["mini_movie"]
     assert target["labels_used_for_selection"] is True
     assert "gold" in target["selections"]["oracle"]["details"]["by"]
@@ -296,10 +341,10 @@ def test_the_oracle_is_labelled(composed: Compose, tmp_path: Path, capsys: pytes
 
 
 def test_one_name_may_stand_bare(composed: Compose, tmp_path: Path) -> None:
-    extract(composed("selector=named", "selector.experts=unified"), tmp_path / "r", [], None)
+    run(composed("selector=named", "selector.experts=unified"), tmp_path / "r", [], None)
     assert result_of(tmp_path / "r")["targets"]["mini_movie"]["models"]["named"]["experts"] == ["unified"]
-    assert plan(composed("experts.only=news", "k=1")).names == ["news"]
-    assert plan(composed("experts.exclude=news")).names == ["biomedical", "social"]
+    assert plan(composed("experts.only=news", "k=1")).method.names == ("news",)
+    assert plan(composed("experts.exclude=news")).method.names == ("biomedical", "social")
 
 
 @pytest.mark.parametrize(
@@ -354,8 +399,8 @@ def test_the_base_alone_runs_beside_experts_of_another_base(composed: Compose, p
     card = pool.folder("news") / "expert.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "base_fingerprint": "0" * 64}))
     with pytest.raises(SamError, match="expert 'news' was trained on base"):
-        plan(composed("selector=all"))
-    assert extract(composed("selector=none"), tmp_path / "run", ["selector=none"], None) >= 0
+        identified(plan(composed("selector=all")))
+    assert run(composed("selector=none"), tmp_path / "run", ["selector=none"], None) >= 0
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert result["targets"]["mini_movie"]["models"]["none"]["experts"] == [] and result["experts"] == {}
     with pytest.raises(SamError, match="merge.weights fits no selector=none"):

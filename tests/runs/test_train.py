@@ -9,7 +9,7 @@ import pytest
 
 from sam.errors import SamError
 from sam.launch import compose
-from sam.tasks import train as task
+from sam.runs import train as task
 from tests.tiny import make_card, one_line
 
 

@@ -1,0 +1,1 @@
+"""Jobs: a config checked, run into a folder, and what stays there of it."""

@@ -1,0 +1,155 @@
+"""A config checked and made plain: nothing is loaded, converted or downloaded but the target's sentences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sam import prompts
+from sam.base import BaseSpec, Identity, device_of, identify
+from sam.encoder import EncoderSpec
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.generation import DecodeSpec, Generator, build
+from sam.merging import MERGE_VERSION, AdapterDeltas, MergeSpec
+from sam.options import options
+from sam.pipeline import Method
+from sam.results import SCHEMA, SCORES_VERSION, versions
+from sam.selection import SELECTORS
+from sam.targets import Target, load_targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked config: everything that a run needs. ``experts``: the hash of each one's weights that it may use."""
+
+    base: BaseSpec
+    encoder: EncoderSpec
+    pool: Pool
+    method: Method
+    decode: DecodeSpec
+    generator: Generator
+    targets: list[Target]
+    experts: dict[str, str]
+
+    @property
+    def uses_encoder(self) -> bool:
+        """Whether sentences are embedded."""
+        return SELECTORS[self.method.selector].uses_encoder
+
+
+def plan(config: Mapping[str, Any]) -> Plan:
+    """Check all of ``config``; raises SamError with the first thing that is wrong."""
+    merge = options(MergeSpec, config["merge"], "merge")
+    decode = DecodeSpec.from_config(config["decode"])
+    if config["completions"] not in ("reuse", "fresh"):
+        raise SamError(f"completions={config['completions']} is unknown; allowed: reuse, fresh")
+    pool = Pool(config["experts"]["path"])
+    selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
+    only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
+    names = [] if selector == "none" else pool_names(pool, only, exclude)  # the base alone runs beside any pool
+    method = Method(
+        merge=merge,
+        names=tuple(names),
+        selector=selector,
+        k=config["k"],
+        sample_size=config["sample_size"],
+        rule=config["combine"]["rule"],
+        seed=config["seed"],
+        experts=tuple(experts),
+    )
+    method.check(pool)
+    _check_weights(method)
+    targets = load_targets(config["target"], config["limit"], config["limit_seed"])
+    if SELECTORS[selector].uses_gold and not all(t.scored for t in targets):
+        raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
+    base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
+    base.check()
+    device = device_of(config["trainer"]["accelerator"])
+    used = sorted({*names, *experts})
+    return Plan(
+        base=base,
+        encoder=encoder,
+        pool=pool,
+        method=method,
+        decode=decode,
+        generator=build(config["generator"], base, device, decode.max_new_tokens),
+        targets=targets,
+        experts={name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used},
+    )
+
+
+def identified(planned: Plan) -> Identity:
+    """What the base model is, once it is here (converted or downloaded first, which is announced).
+
+    Raises SamError where experts were trained on another one, or on another prompt.
+    """
+    found = identify(planned.base)
+    planned.pool.check(found.fingerprint, prompts.PROMPT_VERSION, sorted(planned.experts))
+    return found
+
+
+def content(planned: Plan, base: Identity) -> dict[str, Any]:
+    """All that a result depends on, by content: no path, and no setting that cannot change what is extracted."""
+    method = {**asdict(planned.method), "merge": planned.method.merge.canonical()}
+    cards = planned.pool.cards
+    data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
+    return {
+        "schema": SCHEMA,
+        "prompt": prompts.PROMPT_VERSION,
+        "scores": SCORES_VERSION,
+        "merging": MERGE_VERSION,
+        "method": method,
+        "decode": asdict(planned.decode),
+        "generator": planned.generator.key(),
+        "base": [base.fingerprint, base.settings, planned.base.dtype],
+        "encoder": planned.encoder.identity if planned.uses_encoder else None,
+        "experts": {n: [weights, cards[n].encoder, cards[n].centroid] for n, weights in planned.experts.items()},
+        "targets": hashlib.sha256(data.encode()).hexdigest(),
+        "versions": versions(),
+    }
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """The hash of plain values."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def listed(names: str | Sequence[str] | None) -> list[str]:
+    """A list of names from a config, where one name may stand bare."""
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def pool_names(pool: Pool, only: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The names to rank: the pool's experts, narrowed by ``only`` and ``exclude``."""
+    for name in [*only, *exclude]:
+        pool.folder(name)
+        if (role := pool.cards[name].role) != "expert":
+            raise SamError(
+                f"{name!r} is not ranked (its role is {role}), which experts.only and experts.exclude are for; "
+                f"selector=named 'selector.experts=[{name}]' asks it alone"
+            )
+    names = [n for n in pool.names if (not only or n in only) and n not in exclude]
+    if not names:
+        raise SamError(f"experts.only and experts.exclude leave no expert; the pool holds: {', '.join(pool.names)}")
+    return names
+
+
+def _check_weights(method: Method) -> None:
+    """Of ``merge.weights`` there must be one for each expert of every task model."""
+    if method.merge.weights is None:
+        return
+    if method.selector == "all_each":
+        raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
+    if method.selector == "none":
+        raise SamError("merge.weights fits no selector=none, which merges nothing; remove one of the two")
+    sizes = {"named": len(method.experts), "all": len(method.names), "each": 1}
+    chosen = sizes.get(method.selector, method.k)
+    if len(method.merge.weights) != chosen:
+        raise SamError(
+            f"merge.weights has {len(method.merge.weights)} values for {chosen} experts; give one per expert"
+        )
