@@ -36,7 +36,6 @@ RULES: dict[str, Rule] = {
     "union": _union,
     "intersection": _intersection,
     "vote": _vote,
-    "first": _union,  # of the first model alone
 }
 
 
@@ -57,8 +56,7 @@ def combine(
 
     Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
     adds), ``intersection`` (pairs that all models found), ``vote`` (pairs that at least two voices found; a merged
-    model speaks for its experts, so ``voices`` holds their number for each model, by default 1), ``first`` (the first
-    model's alone; the others are not looked at). The spans and counts are then made anew from the combined pairs:
+    model speaks for its experts, so ``voices`` holds their number for each model, by default 1). The spans and counts are then made anew from the combined pairs:
     longest text first, and a text that two models give two types keeps both pairs while its span goes to the type of
     the model listed first.
     ``unparsable`` means that all answers were, ``truncated`` that any was; the answer is empty, as there is no single
@@ -69,15 +67,14 @@ def combine(
     check_rule(rule)
     if not predictions:
         raise SamError("no predictions to combine: give those of at least one model")
-    used = predictions[:1] if rule == "first" else predictions
-    pairs = RULES[rule](used, [1] * len(used) if voices is None else voices[: len(used)])
+    pairs = RULES[rule](predictions, [1] * len(predictions) if voices is None else voices)
     mentions, not_in_sentence, not_asked = locate(pairs, text, types)
     return Prediction(
         pairs=pairs,
         mentions=mentions,
         answer="",
-        unparsable=all(prediction.unparsable for prediction in used),
-        truncated=any(prediction.truncated for prediction in used),
+        unparsable=all(prediction.unparsable for prediction in predictions),
+        truncated=any(prediction.truncated for prediction in predictions),
         not_in_sentence=not_in_sentence,
         not_asked=not_asked,
     )

@@ -1,9 +1,9 @@
 """Prompt and answer: what a model is asked, and what is read out of what it writes.
 
 A prompt is a ``prefix`` that names the entity types and a ``suffix`` that holds one sentence. A decoder tokenises
-the two apart and runs the prefix once for all sentences of a target. The answer is one JSON object in one of two forms,
-which tell themselves apart: from entity type to texts, or from text to entity type. Reading is lenient and linear in
-the answer's length: a cut or broken answer keeps what is whole in it, and nothing a model writes raises.
+the two apart and runs the prefix once for all sentences of a target. The answer is one JSON object from text to entity
+type. Reading is lenient and linear in the answer's length: a cut or broken answer keeps what is whole in it, and
+nothing that a model writes raises.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from sam.ner import Mention, Pair, Prediction, Sentence
 
 PROMPT_VERSION = "1"
 """Goes into the key under which answers are kept: raise it with every change to what a model is shown."""
-
-FORMS = ("by_mention", "by_type")
-"""Of an answer: see :func:`answer`. Which one a model writes is learnt in training; both are read."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +56,24 @@ def render(types: Sequence[str], text: str) -> str:
     return prefix(types) + suffix(text)
 
 
-def answer(sentence: Sentence, types: Sequence[str], form: str) -> str:
-    """The gold answer that an expert learns to write, in a form of :data:`FORMS`.
+def answer(sentence: Sentence, types: Sequence[str]) -> str:
+    """The gold answer that an expert learns to write: ``' {" Ada":" person"," Alan":" person"}'``.
 
-    ``by_type``: ``' {"person": ["Ada", "Alan"]}'``, types in the order of ``types``, texts distinct and in order of
-    appearance. ``by_mention``: ``' {" Ada":" person"," Alan":" person"}'``, distinct pairs in order of appearance; with
-    a space before it, a word is mostly of the same tokens as in the sentence. Mentions of other types are left out,
-    whitespace is folded. A sentence without mentions gives ``' {}'`` in both.
+    Distinct pairs in order of appearance, whitespace folded, mentions of other types left out; ``' {}'`` without
+    mentions. With a space before it, a word is mostly of the same tokens as in the sentence.
     """
-    if form not in FORMS:
-        raise ValueError(f"{form!r} is no form of answers; there are {', '.join(FORMS)}")
-    asked = dict.fromkeys(types)
+    asked = set(types)
     pairs = dict.fromkeys((kind, fold(text)) for kind, text in sentence.pairs if kind in asked and fold(text))
-    if form == "by_mention":
-        # A text of two types is a key twice: written by hand, as a mapping has each key once.
-        return " {" + ",".join(f"{_quote(' ' + text)}:{_quote(' ' + kind)}" for kind, text in pairs) + "}"
-    found: dict[str, list[str]] = {entity_type: [] for entity_type in asked}
-    for entity_type, text in pairs:
-        found[entity_type].append(text)
-    return " " + json.dumps({kind: texts for kind, texts in found.items() if texts}, ensure_ascii=False)
+    # A text of two types is a key twice: written by hand, as a mapping has each key once.
+    return " {" + ",".join(f"{_quote(' ' + text)}:{_quote(' ' + kind)}" for kind, text in pairs) + "}"
 
 
 def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-_Item = tuple[str, str, bool]
-"""(key, string under it, whether in a list)."""
+_Item = tuple[str, str]
+"""(key, string under it)."""
 
 
 class _Object(list[tuple[str, Any]]):
@@ -103,41 +91,32 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def parse(answer: str, types: Collection[str] = ()) -> Parsed:
     """Read the (type, text) pairs out of a model's raw ``answer``; never raises.
 
-    The first JSON object counts; chatter and code fences before it and text after it are passed over. Of a key and a
-    string under it, the one that alone is among ``types`` is the type; if both are or none is, the key of a list and
-    the value of a key without one. Of a broken or cut object, all whole strings under a whole key are kept. What is no
-    string (numbers, nested values), or an empty one, is passed over.
+    The first JSON object counts; chatter and code fences before it and text after it are passed over. A key is a text
+    and the string under it its type, unless exactly one of the two is in ``types``: then that is the type. Of a broken
+    or cut object, all whole pairs are kept. What is no string (numbers, lists, objects), or an empty one, is passed
+    over.
     """
     opening = _OPENING.search(answer)
     if opening is None:
         return Parsed((), unparsable=True)
     try:
-        items, unparsable = _strings(_DECODER.raw_decode(answer, opening.start())[0]), False
+        found = _DECODER.raw_decode(answer, opening.start())[0]
+        items, unparsable = [(key, value) for key, value in found if isinstance(value, str)], False
     except (ValueError, RecursionError):
         items, keys = _recover(answer, opening.start() + 1)
         unparsable = not keys
     return Parsed(_clean(items, {fold(entity_type).casefold() for entity_type in types}), unparsable)
 
 
-def _strings(obj: _Object) -> list[_Item]:
-    """The strings of a well-formed object."""
-    items: list[_Item] = []
-    for key, value in obj:
-        is_list = isinstance(value, list) and not isinstance(value, _Object)
-        items += [(key, item, is_list) for item in (value if is_list else [value]) if isinstance(item, str)]
-    return items
-
-
 def _recover(answer: str, start: int) -> tuple[list[_Item], int]:
-    """What a broken object holds from ``start``, just after its brace, on: (strings, keys read).
+    """What a broken object holds from ``start``, just after its brace, on: (pairs, keys read).
 
-    One pass without recursion. A string is a key if a colon follows, else a value of the last key; a list's end, or a
-    comma outside of one, ends the key, so that a key cut off before its colon is not taken for a value.
+    One pass without recursion. A string that a colon follows is a key, and the next string its value unless a comma,
+    or a nested list or object, comes first.
     """
     items: list[_Item] = []
     key: str | None = None
     pending: str | None = None  # a string whose follower has not been seen yet
-    in_list = False
     nested = keys = 0
     for token in _TOKEN.finditer(answer, start):
         mark = token.group()
@@ -147,28 +126,23 @@ def _recover(answer: str, start: int) -> tuple[list[_Item], int]:
             nested += (mark in "{[") - (mark in "}]")
             continue
         if mark == ":" and pending is not None:
-            key, pending, in_list, keys = pending, None, False, keys + 1
+            key, pending, keys = pending, None, keys + 1
             continue
-        _place(items, key, pending, in_list)
+        if pending is not None and key is not None:
+            items.append((key, pending))
+            key = None
         pending = None
         if token["string"]:
             pending = _unquote(mark)
-        elif mark == "{" or (mark == "[" and in_list):
-            nested = 1
-        elif mark == "[":
-            in_list = True
-        elif mark == "]" or (mark == "," and not in_list):
-            in_list, key = False, None
+        elif mark in "{[":
+            nested, key = 1, None
+        elif mark == ",":
+            key = None
         elif mark == "}":
             break
-    _place(items, key, pending, in_list)
+    if pending is not None and key is not None:
+        items.append((key, pending))
     return items, keys
-
-
-def _place(items: list[_Item], key: str | None, value: str | None, in_list: bool) -> None:
-    """Append ``value`` under ``key``, if there are both."""
-    if value is not None and key is not None:
-        items.append((key, value, in_list))
 
 
 def _unquote(token: str) -> str:
@@ -185,13 +159,12 @@ def _clean(items: Iterable[_Item], asked: Collection[str]) -> tuple[Pair, ...]:
     ``asked``: the types asked for, folded and without case.
     """
     pairs: dict[Pair, None] = {}
-    for left, right, in_list in items:
+    for left, right in items:
         key, value = fold(left), fold(right)
-        known = key.casefold() in asked
-        by_type = known if known != (value.casefold() in asked) else in_list
+        pair = (key, value) if key.casefold() in asked and value.casefold() not in asked else (value, key)
         # A lone surrogate can be escaped in JSON but not be written to a UTF-8 file.
         if key and value and not _SURROGATE.search(key + value):
-            pairs[(key, value) if by_type else (value, key)] = None
+            pairs[pair] = None
     return tuple(pairs)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import sam
 
 SCHEMA = 1
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 """Raise it with every change to how answers are read, ranked, combined or scored: no older result stands then."""
 RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")

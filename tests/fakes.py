@@ -62,18 +62,17 @@ def capitals(number: int, types: Sequence[str], text: str) -> str:
     words = [w for w in re.findall(r"\b[A-Z][a-z]+\b", text) if len(w) % 5 != number % 5]
     kind = types[number % len(types)]
     gold = tuple(Mention(text.index(w), text.index(w) + len(w), kind) for w in words)
-    return prompts.answer(Sentence("", text, gold), types, "by_mention")
+    return prompts.answer(Sentence("", text, gold), types)
 
 
 def mixed(number: int, types: Sequence[str], text: str) -> str:
     """Completions of the mini benchmark that are right, half right, wrong, and no JSON, in turn by number and text."""
     gold = {s.text: s for name in ("movie", "music") for s in mini(name).sentences}.get(text, Sentence("", text, ()))
     turn = (number + len(text)) % 4
-    if turn == 0:
-        return prompts.answer(gold, types, "by_type")
-    if turn == 1:
-        return prompts.answer(gold, types[::2], "by_mention")
-    return f" {json.dumps({types[0]: ['not there', text[:3]], 'wizard': ['x']})}" if turn == 2 else "I do not know"
+    if turn < 2:
+        return prompts.answer(gold, types if turn == 0 else types[::2])
+    wrong = {"not there": types[0], text[:3]: types[0], "x": "wizard"}
+    return f" {json.dumps(wrong)}" if turn == 2 else "I do not know"
 
 
 def mixed_generator(spec: Any, device: str, max_new_tokens: int, **options: Any) -> FakeGenerator:

@@ -6,11 +6,13 @@ from sam.combine import RULES, combine
 from sam.errors import SamError
 from sam.ner import Mention, Prediction
 from sam.prompts import predict
+from tests.tiny import written
 
 TEXT = "Ada of New York met Bob"
 TYPES = ["person", "place"]
-ONE = predict(TEXT, '{"person": ["Ada", "Eve"], "place": ["York"]}', TYPES)
-TWO = predict(TEXT, '{"person": ["Bob", "Ada"], "place": ["New York", "Ada"], "date": ["Bob"]}', TYPES, truncated=True)
+ONE = predict(TEXT, written({"person": ["Ada", "Eve"], "place": ["York"]}), TYPES)
+SECOND = written({"person": ["Bob", "Ada"], "place": ["New York", "Ada"], "date": ["Bob"]})
+TWO = predict(TEXT, SECOND, TYPES, truncated=True)
 BROKEN = predict(TEXT, "nothing", TYPES)
 
 
@@ -30,7 +32,7 @@ def test_union_keeps_the_first_models_pairs_and_adds_new_ones() -> None:
 
 
 def test_a_span_under_two_types_goes_to_the_first_model() -> None:
-    person, place = (predict(TEXT, f'{{"{t}": ["Ada"]}}', TYPES) for t in TYPES)
+    person, place = (predict(TEXT, written({t: ["Ada"]}), TYPES) for t in TYPES)
     assert combine([person, place], TEXT, "union", TYPES).mentions == (Mention(0, 3, "person"),)
     assert combine([place, person], TEXT, "union", TYPES).mentions == (Mention(0, 3, "place"),)
     assert combine([place, person], TEXT, "union", TYPES).pairs == (("place", "Ada"), ("person", "Ada"))
@@ -45,7 +47,7 @@ def test_intersection_keeps_what_all_found() -> None:
 
 
 def test_vote_keeps_what_two_voices_found() -> None:
-    three = predict(TEXT, '{"person": ["Bob", "Bob"], "place": ["York"]}', TYPES)
+    three = predict(TEXT, written({"person": ["Bob", "Bob"], "place": ["York"]}), TYPES)
     assert combine([ONE, TWO, three], TEXT, "vote", TYPES).pairs == (
         *(("person", "Ada"), ("place", "York"), ("person", "Bob")),
     )
@@ -53,13 +55,6 @@ def test_vote_keeps_what_two_voices_found() -> None:
     got = combine([ONE, TWO, three], TEXT, "vote", TYPES, [3, 1, 1])
     assert got.pairs == (*ONE.pairs, ("person", "Bob"))
     assert combine([ONE, TWO], TEXT, "vote", TYPES, [3, 3]) == combine([ONE, TWO], TEXT, "union", TYPES)
-
-
-def test_first_is_the_first_model_alone() -> None:
-    got = combine([ONE, TWO], TEXT, "first", TYPES)
-    assert (got.pairs, got.mentions, got.not_in_sentence) == (ONE.pairs, ONE.mentions, 1)
-    assert not got.truncated
-    assert combine([BROKEN, ONE], TEXT, "first", TYPES).unparsable
 
 
 def test_flags() -> None:
@@ -81,7 +76,7 @@ def test_the_set_of_pairs_does_not_depend_on_the_order_of_models(rule: str) -> N
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(SamError, match="combine.rule=most is unknown; allowed: union, intersection, vote, first"):
+    with pytest.raises(SamError, match="combine.rule=most is unknown; allowed: union, intersection, vote"):
         combine([ONE], TEXT, "most", TYPES)
     with pytest.raises(SamError, match="no predictions"):
         combine([], TEXT, "union", TYPES)

@@ -44,7 +44,7 @@ def language(types: Sequence[str], text: str) -> Accepts:
 def test_gold_of_the_mini_benchmark_is_in_the_language(target: str) -> None:
     (one,) = load_targets(compose(f"target=mini_{target}")["target"])
     for sentence in one.scored:
-        gold = prompts.answer(sentence, one.types, "by_mention")
+        gold = prompts.answer(sentence, one.types)
         accepts = language(one.types, sentence.text)
         assert accepts(gold), gold
         assert not any(accepts(gold[:end]) for end in range(len(gold)))

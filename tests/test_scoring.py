@@ -11,6 +11,7 @@ from sam.errors import SamError
 from sam.ner import Mention, Prediction, Sentence
 from sam.prompts import answer, predict
 from sam.scoring import flatten, pair_f1, score
+from tests.tiny import written
 
 TYPES = ["person", "place"]
 
@@ -35,9 +36,9 @@ EMPTY = sentence("Nothing here")
 def test_hand_worked_scores() -> None:
     sentences = [ADA, EMPTY, EMPTY, sentence("Rome", (0, 4, "place"))]
     answers = [
-        '{"person": ["Ada", "Eve"], "place": ["York"], "date": ["Bob"]}',  # 1 of 4 right, 2 of 3 missed
+        written({"person": ["Ada", "Eve"], "place": ["York"], "date": ["Bob"]}),  # 1 of 4 right, 2 of 3 missed
         "{}",
-        '{"place": ["here"]}',
+        written({"place": ["here"]}),
         "no idea",
     ]
     predictions = [predict(s.text, a, TYPES, truncated=a == "{}") for s, a in zip(sentences, answers, strict=True)]
@@ -55,7 +56,7 @@ def test_hand_worked_scores() -> None:
 
 
 def test_gold_answers_score_one() -> None:
-    got = score([ADA, EMPTY], [predict(s.text, answer(s, TYPES, "by_mention"), TYPES) for s in (ADA, EMPTY)])
+    got = score([ADA, EMPTY], [predict(s.text, answer(s, TYPES), TYPES) for s in (ADA, EMPTY)])
     assert (got.f1, got.span_f1, got.tp, got.precision, got.span_recall) == (1.0, 1.0, 3, 1.0, 1.0)
 
 
@@ -72,14 +73,15 @@ def test_nothing_predicted_and_nothing_gold() -> None:
     nothing = predict(ADA.text, "{}", TYPES)
     got = score([ADA], [nothing])
     assert (got.precision, got.recall, got.f1, got.span_precision, got.span_recall) == (0.0, 0.0, 0.0, 0.0, 0.0)
-    got = score([EMPTY], [predict(EMPTY.text, '{"place": ["here"]}', TYPES)])
+    got = score([EMPTY], [predict(EMPTY.text, written({"place": ["here"]}), TYPES)])
     assert (got.precision, got.recall, got.span_precision, got.span_recall) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_text_counts_once_a_sentence_as_pair_and_each_time_as_span() -> None:
     twice = sentence("Ada and Ada", (0, 3, "person"), (8, 11, "person"))
     got = score(
-        [twice, twice], [predict(twice.text, '{"person": ["Ada", "Ada"]}', TYPES), of_spans(Mention(8, 11, "person"))]
+        [twice, twice],
+        [predict(twice.text, written({"person": ["Ada", "Ada"]}), TYPES), of_spans(Mention(8, 11, "person"))],
     )
     assert (got.gold, got.predicted, got.tp) == (2, 1, 1)
     assert (got.span_precision, got.span_recall) == pytest.approx((1.0, 3 / 4))
@@ -87,12 +89,12 @@ def test_a_text_counts_once_a_sentence_as_pair_and_each_time_as_span() -> None:
 
 def test_case_and_punctuation_count_and_whitespace_does_not() -> None:
     gold = sentence("C++, U.S.\nArmy", (0, 3, "a"), (5, 14, "a"))
-    assert score([gold], [predict(gold.text, '{"a": ["C++", "U.S. Army"]}', ["a"])]).f1 == 1.0
-    assert score([gold], [predict(gold.text, '{"a": ["c", "us army", "C"]}', ["a"])]).tp == 0
+    assert score([gold], [predict(gold.text, written({"a": ["C++", "U.S. Army"]}), ["a"])]).f1 == 1.0
+    assert score([gold], [predict(gold.text, written({"a": ["c", "us army", "C"]}), ["a"])]).tp == 0
 
 
 def test_the_type_must_match() -> None:
-    got = score([sentence("Ada", (0, 3, "person"))], [predict("Ada", '{"place": ["Ada"]}', TYPES)])
+    got = score([sentence("Ada", (0, 3, "person"))], [predict("Ada", written({"place": ["Ada"]}), TYPES)])
     assert (got.tp, got.span_f1) == (0, 0.0)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ def write_pool(folder: Path, base: Base, n: int, unified: bool) -> Pool:
         role = "unified" if name == "unified" else "expert"
         make_card(name, base.fingerprint, role=role).write(folder / name)
     return Pool(folder)
+
+
+def written(texts: Mapping[str, Sequence[str]]) -> str:
+    """The completion that gives each entity type its ``texts``."""
+    pairs = (f"{json.dumps(' ' + text)}:{json.dumps(' ' + kind)}" for kind, of in texts.items() for text in of)
+    return " {" + ",".join(pairs) + "}"
 
 
 def one_line(error: pytest.ExceptionInfo[SamError]) -> str:

@@ -52,12 +52,6 @@ class Card:
     licences: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def form(self) -> str:
-        """The form in which it answers (see :func:`sam.prompts.answer`): by type, where the recipe is from before there
-        was another."""
-        return str(self.recipe.get("answer", "by_type"))
-
     def write(self, folder: Path) -> None:
         """Write ``expert.json`` into ``folder``."""
         (folder / CARD_FILE).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -119,11 +113,9 @@ class Pool:
         return self.path / name
 
     def check(self, fingerprint: str, prompt_version: str, names: Iterable[str] | None = None) -> None:
-        """Refuse, before anything is loaded, experts of another base or prompt, experts that answer in different forms,
-        and corrupt or missing weights."""
+        """Refuse, before anything is loaded, experts of another base or prompt, and corrupt or missing weights."""
         from safetensors import SafetensorError, safe_open
 
-        forms: dict[str, str] = {}
         for name in self.names if names is None else names:
             path, card = self.folder(name), self.cards[name]
             if card.base_fingerprint != fingerprint:
@@ -139,13 +131,6 @@ class Pool:
                 raise SamError(
                     f"expert {name!r} was trained with prompt version {card.prompt_version}, this is {prompt_version}; "
                     "train it again"
-                )
-            forms.setdefault(card.form, name)
-            if len(forms) > 1:
-                (one, first), (other, second) = forms.items()
-                raise SamError(
-                    f"expert {first!r} answers {one} and {second!r} {other}: merged they would answer in neither form; "
-                    "train one of them again with the other's train.answer, or keep them in pools of their own"
                 )
             if not (path / CONFIG_FILE).is_file():
                 raise SamError(f"{path} has no {CONFIG_FILE}; train the expert again")

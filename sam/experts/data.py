@@ -48,11 +48,11 @@ class Recipe:
     ``label_drop`` is the chance that a type is left out of a prompt (its mentions too), ``negatives`` the most
     :func:`foreign_types` that a prompt asks for beside its own, ``max_types`` the most types in a prompt,
     ``max_empty`` the largest share of sentences without a mention, ``detokenise`` the chance that a sentence is shown
-    with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``answer`` the form of answers (see
-    :func:`sam.prompts.answer`), ``max_length`` the most tokens of a sentence and its answer (beside those of the
-    prompt's types). ``open_sentences`` of the dataset :data:`OPEN` are mixed in (0: none), in batches of
-    ``open_batch_size``; label drop, negatives, ``max_types`` and detokenising do not apply to them. ``heldout`` (per
-    dataset) and ``heldout_open`` (per split) sentences are for scoring the finished expert.
+    with ordinary spacing (``C++ (a language).``) instead of its corpus's tokens, ``max_length`` the most tokens of a
+    sentence and its answer (beside those of the prompt's types). ``open_sentences`` of the dataset :data:`OPEN` are
+    mixed in (0: none), in batches of ``open_batch_size``; label drop, negatives, ``max_types`` and detokenising do not
+    apply to them. ``heldout`` (per dataset) and ``heldout_open`` (per split) sentences are for scoring the finished
+    expert.
     """
 
     sentences: int = 5000
@@ -66,13 +66,11 @@ class Recipe:
     clip: float = 1.0
     r: int = 8
     alpha: int = 16
-    rslora: bool = False
     label_drop: float = 0.15
     negatives: int = 4
     max_types: int = 16
     max_empty: float = 0.1
     detokenise: float = 0.3
-    answer: str = "by_mention"
     max_length: int = 320
     heldout: int = 100
     heldout_open: int = 400
@@ -96,8 +94,6 @@ class Recipe:
                 raise SamError(f"train.{name}={getattr(recipe, name)} must lie in [0, 1)")
         if not 0 <= recipe.detokenise <= 1:
             raise SamError(f"train.detokenise={recipe.detokenise} must lie in [0, 1]")
-        if recipe.answer not in prompts.FORMS:
-            raise SamError(f"train.answer={recipe.answer} is unknown; allowed: {', '.join(prompts.FORMS)}")
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +137,7 @@ class Renderer:
 
     def example(self, sentence: Sentence, asked: Sequence[str]) -> Example:
         """The sentence and its answer to the types ``asked``."""
-        answer = self._ids(prompts.answer(sentence, asked, self.recipe.answer)) + [self.stop_id]
+        answer = self._ids(prompts.answer(sentence, asked)) + [self.stop_id]
         return Example(tuple(self._ids(prompts.suffix(sentence.text)) + answer), len(answer))
 
     def _ids(self, text: str, special: bool = False) -> list[int]:

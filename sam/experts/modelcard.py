@@ -11,6 +11,8 @@ from sam.experts.data import MEASURES
 CURVE = 8
 """The most points of the loss curve that are shown; the card has all."""
 
+FORM = 'from text to type, a space before either, `{" Ada":" person"}`'
+
 
 def write_readme(folder: Path, card: Card) -> None:
     """Write ``README.md`` from the card."""
@@ -47,7 +49,7 @@ types of their dataset; `expert.json` has span F1 and more.{_mean(card)}
 {_open(card)}Entity types: {", ".join(card.types)}.
 
 Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the answer
-is a JSON object {_form(card)}. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
+is a JSON object {FORM}. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
 
 Limits: a small model on a small budget; English; it extracts flat mentions of the types named in the prompt, misses
 many, and invents some. The data's licences (some non-commercial) may bear on what it is used for.
@@ -88,12 +90,6 @@ def _fold(card: Card) -> str:
         return ""
     return f"""; before it, the adapter
 `start` of its pool (content hash {card.base_fold[:12]}) is merged into the base model (`merge_and_unload`)"""
-
-
-def _form(card: Card) -> str:
-    if card.form == "by_type":
-        return 'from type to texts, `{"person": ["Ada"]}`'
-    return 'from text to type, a space before either, `{" Ada":" person"}`'
 
 
 def _scores(card: Card, dataset: str) -> str:

@@ -46,7 +46,6 @@ class ExpertModule(L.LightningModule):
         config = LoraConfig(
             r=self.recipe.r,
             lora_alpha=self.recipe.alpha,
-            use_rslora=self.recipe.rslora,
             target_modules="all-linear",
             lora_dropout=0.0,
             task_type="CAUSAL_LM",

@@ -10,7 +10,6 @@ from sam.base import Base, BaseSpec, device_of, load
 from sam.console import print_table
 from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
-from sam.experts.card import CARD_FILE, Card
 from sam.experts.data import Recipe
 from sam.experts.train import train_expert
 from sam.generation import DecodeSpec, build
@@ -36,7 +35,6 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
         raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")
     if not isinstance(config["task"]["replace"], bool):
         raise SamError(f"task.replace={config['task']['replace']} must be true or false")
-    _check_start(config["base"].get("fold"), recipe.answer)
     spec, device = BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"])
     generator = build(config["generator"], spec, device, decode.max_new_tokens)
     base: Base = load(spec, device)
@@ -68,16 +66,3 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     rows = [[d, f"{100 * s['f1']:.1f}", str(s["n"])] for d, s in card.scores["datasets"].items()]
     print_table(f"{out}: held-out F1 (mean {100 * f1:.1f})", ["dataset", "F1", "n"], rows)
     return f1
-
-
-def _check_start(fold: str | None, answer: str) -> None:
-    """Refuse a start that has taught the base model the other form of answers."""
-    start = None if fold is None else Path(fold).expanduser()
-    if start is None or not (start / CARD_FILE).is_file():
-        return
-    taught = Card.read(start).form
-    if taught != answer:
-        raise SamError(
-            f"base.fold={fold} answers {taught}, not train.answer={answer}: fold in a start that was trained so "
-            f"(task=train domain=start base.fold=null train.answer={answer}), or take train.answer={taught}"
-        )

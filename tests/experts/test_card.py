@@ -152,16 +152,6 @@ def test_other_base_and_other_prompt_are_refused(pool: Pool, tiny: Base) -> None
     one_line(error)
 
 
-def test_experts_that_answer_in_different_forms_are_refused(pool: Pool, tiny: Base) -> None:
-    make_card("news", tiny.fingerprint, recipe={"answer": "by_mention"}).write(pool.path / "news")
-    for names in (None, ["social", "news"]):
-        with pytest.raises(SamError, match="answers by_type and 'news' by_mention") as error:
-            Pool(pool.path).check(tiny.fingerprint, PROMPT_VERSION, names)
-        one_line(error)
-    Pool(pool.path).check(tiny.fingerprint, PROMPT_VERSION, ["news"])
-    Pool(pool.path).check(tiny.fingerprint, PROMPT_VERSION, ["biomedical", "social"])
-
-
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
 def test_truncated_weights_are_refused(pool: Pool, tiny: Base, keep: int) -> None:
     path = pool.path / "news" / "adapter_model.safetensors"
@@ -207,13 +197,6 @@ def test_readme_states_data_licences_and_scores(tmp_path: Path) -> None:
     for role, kind in (("start", "The common start"), ("unified", "The unified baseline")):
         write_readme(tmp_path, dataclasses.replace(card, role=role, recipe={**recipe, "precision": "32-true"}))
         assert kind in (tmp_path / "README.md").read_text()
-    for answer, told in (
-        ({}, "type to texts"),
-        ({"answer": "by_type"}, "type to texts"),
-        ({"answer": "by_mention"}, "text to type"),
-    ):
-        write_readme(tmp_path, dataclasses.replace(card, recipe={**recipe, "precision": "32-true", **answer}))
-        assert f"a JSON object from {told}" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +239,6 @@ def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
     assert set(roles) == {*pool.names, "start", "unified", "unified_small"} and len(pool.names) == 6
     pool.check(smollm.fingerprint, PROMPT_VERSION, ["start"])
     pool.check(identity(spec), PROMPT_VERSION, [name for name in roles if name != "start"])
-    assert {card.form for card in pool.cards.values()} == {"by_mention"}
     assert {pool.cards[name].base_fold for name in roles if name != "start"} == {fold_hash(spec)}
     with pytest.raises(SamError, match="with an adapter folded in"):
         pool.check(smollm.fingerprint, PROMPT_VERSION)

@@ -110,9 +110,8 @@ def texts_of(tokenizer: Any, batch: Batch) -> list[tuple[str, str]]:
     return [(p, tokenizer.decode(e.ids[-e.answer : -1])) for p, e in zip(prompts_, batch.examples, strict=True)]
 
 
-@pytest.mark.parametrize("form", prompts.FORMS)
-def test_batch_is_the_prompts_and_the_answers_to_the_types_they_name(tiny: Base, form: str) -> None:
-    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.5, answer=form))
+def test_batch_is_the_prompts_and_the_answers_to_the_types_they_name(tiny: Base) -> None:
+    renderer = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.5))
     second = Sentence("s/1", "London saw us.", (Mention(0, 6, "type c"),))
     for epoch in range(40):
         batch = renderer([SENTENCE, second], TYPES, epoch)
@@ -121,7 +120,7 @@ def test_batch_is_the_prompts_and_the_answers_to_the_types_they_name(tiny: Base,
         assert set(names) <= set(TYPES) and len(names) == len(set(names))
         for sentence, (prompt, answer), example in zip((SENTENCE, second), shown, batch.examples, strict=True):
             assert prompt == prompts.render(names, sentence.text)
-            assert answer == prompts.answer(sentence, names, form)
+            assert answer == prompts.answer(sentence, names)
             assert {t for t, _ in prompts.parse(answer).pairs} == {t for t, _ in sentence.pairs} & set(names)
             assert example.ids[-1] == 0
             # Tokenised apart, as the decoder does it.
@@ -249,8 +248,7 @@ def test_loader_goes_on_after_the_batches_done(tiny: Base) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lrate": 1}, "train.lrate is unknown; allowed: alpha, answer, batch_size"),
-        ({"answer": "both"}, "train.answer=both is unknown; allowed: by_mention, by_type"),
+        ({"lrate": 1}, "train.lrate is unknown; allowed: alpha, batch_size"),
         ({"epochs": 0}, "train.epochs=0 must be at least 1"),
         ({"open_sentences": -1}, "train.open_sentences=-1 must be at least 0"),
         ({"open_batch_size": 0}, "train.open_batch_size=0 must be at least 1"),
@@ -277,7 +275,7 @@ def test_negatives_are_foreign_types_without_gold(tiny: Base) -> None:
         ((text, answer),) = texts_of(tiny.tokenizer, renderer([SENTENCE], TYPES, epoch, foreign))
         assert set(TYPES) <= set(asked(text)) <= {*TYPES, *foreign}
         added[len(asked(text)) - len(TYPES)] += 1
-        assert answer == prompts.answer(SENTENCE, asked(text), "by_mention") and not set(foreign) & {
+        assert answer == prompts.answer(SENTENCE, asked(text)) and not set(foreign) & {
             t for t, _ in prompts.parse(answer).pairs
         }
     assert set(added) == {0, 1, 2, 3} and min(added.values()) > 30

@@ -302,7 +302,6 @@ def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> N
             for name, value in Recipe().to_dict().items()
             if name not in ("heldout", "heldout_open", "open_batch_size", "answer")
         ),
-        recipe_hash(base, [["a", "b"]], Recipe(answer="by_type"), "32-true"),
         recipe_hash(base, [["a", "b"]], Recipe(open_sentences=2), "32-true"),
         recipe_hash(base, [["a", "b"]], Recipe(open_sentences=1, open_batch_size=2), "32-true"),
     ]
@@ -396,7 +395,7 @@ def test_scores_are_those_of_the_saved_adapter(
 
     def perfect(number: int, asked: Sequence[str], text: str) -> str:
         assert list(asked) == types
-        return answer(by_text[text], types, "by_mention")
+        return answer(by_text[text], types)
 
     generator = FakeGenerator(perfect)
     scores = train.score_heldout(generator, whole, {"toy": sentences, "none": []}, {})
