@@ -34,6 +34,7 @@ MANIFEST = "sam.json"
 SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja")
 """The files beside the weights: of the config, the tokenizer and its vocabulary."""
 CARD_FILE = "expert.json"
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that transformers' decoders call on the same input."""
 
@@ -319,8 +320,19 @@ def device_of(accelerator: str) -> str:
 
 
 def cores() -> int:
-    """How many processors this thread may run on: a process, or a thread that OpenMP has bound, may be held to one."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processors this thread may use: by its affinity, and by the quota of its container (cgroup v2)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_MAX.read_text().split()
+        return max(1, min(allowed, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no cgroup, or no quota ("max")
+        return allowed
+
+
+def threads() -> int:
+    """How many threads to compute with on a CPU: ``OMP_NUM_THREADS`` if that is set, else :func:`cores`."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else cores()
 
 
 def multiplies_bf16() -> bool:

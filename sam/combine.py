@@ -56,9 +56,9 @@ def combine(
 
     Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
     adds), ``intersection`` (pairs that all models found), ``vote`` (pairs that at least two voices found; a merged
-    model speaks for its experts, so ``voices`` holds their number for each model, by default 1). The spans and counts are then made anew from the combined pairs:
-    longest text first, and a text that two models give two types keeps both pairs while its span goes to the type of
-    the model listed first.
+    model speaks for its experts, so ``voices`` holds their number for each model, by default 1). The spans and counts
+    are then made anew from the combined pairs: longest text first, and a text that two models give two types keeps both
+    pairs while its span goes to the type of the model listed first.
     ``unparsable`` means that all answers were, ``truncated`` that any was; the answer is empty, as there is no single
     one.
 

@@ -6,7 +6,10 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -370,3 +373,28 @@ def test_settings_are_those_of_the_vocabulary_too(tmp_path: Path) -> None:
         seen.add(settings_hash(tmp_path))
     (tmp_path / "merges.txt").write_text("b")
     assert len(seen | {settings_hash(tmp_path)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("?", 4)]
+)
+def test_cores_are_those_of_the_affinity_and_the_quota(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, count: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 3, 5})
+    monkeypatch.setattr(sam.base, "CPU_MAX", tmp_path / "cpu.max")
+    assert sam.base.cores() == 4
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert sam.base.cores() == count
+    for given, expected in (("3", 3), ("0", count), ("two", count), ("", count)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert sam.base.threads() == expected
+
+
+def test_waiting_threads_spin_for_a_short_while_unless_the_user_says_otherwise() -> None:
+    for given, expected in ((None, "1000"), ("7", "7")):
+        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+        environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+        code = "import sam, os; print(os.environ['GOMP_SPINCOUNT'])"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

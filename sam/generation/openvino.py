@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from sam.base import BaseSpec, folder, multiplies_bf16, stop_ids
+from sam.base import BaseSpec, folder, multiplies_bf16, stop_ids, threads
 from sam.errors import SamError
 from sam.generation import openvino_ir
 from sam.generation.api import Completion, Request, completion, encode
@@ -132,7 +132,7 @@ class OpenVINOGenerator:
             settings = {
                 "INFERENCE_PRECISION_HINT": self.precision,
                 "KV_CACHE_PRECISION": self.precision,
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "INFERENCE_NUM_THREADS": threads(),
                 "ENABLE_CPU_PINNING": False,
             }
             self._pipeline = openvino_genai.ContinuousBatchingPipeline(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam.base import Identity
+from sam.base import Identity, threads
 from sam.console import console, say
 from sam.paths import cache_dir
 from sam.results import (
@@ -113,9 +113,12 @@ def run_targets(
     """All targets: the result's sections, and the lines of ``predictions.jsonl``."""
     forget_peak_memory()
     with console().status("Loading libraries"):
+        import torch
+
         from sam import pipeline
         from sam.runs.progress import bars
 
+        torch.set_num_threads(threads())
         engine, encoder = models.engine(planned, base, fresh), models.encoder(planned.encoder)
     try:
         with bars() as progress:
