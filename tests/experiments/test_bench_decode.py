@@ -27,6 +27,6 @@ def test_agreement_is_with_the_reference() -> None:
 
 def test_differences_in_f1_are_paired() -> None:
     """Completions that score alike differ by nothing, whatever sentences are drawn."""
-    one, other, none = (Completion(text) for text in (' {" Ada":" person"}', ' {"person":["Ada"]}', " {}"))
+    one, other, none = (Completion(text) for text in (' {" Ada":" person"}', '{"Ada": "person"}', " {}"))
     notes = agreement({"other": [other, none] * 2, REFERENCE: [one, none] * 2}, ASKED)
     assert notes["other"] == f"50.0 % of completions as {REFERENCE}, F1 66.7 (+0.0, +0.0 to +0.0)"
