@@ -14,10 +14,10 @@ import numpy as np
 from experiments import bootstrap
 from experiments.bootstrap import Counts, Interval
 from experiments.collect import MEAN, RIM, Job, load_finished, read_predictions, target_names
-from sam import corpora
+from sam import data as corpora
 from sam.errors import SamError
 from sam.launch import compose
-from sam.prompts import fold
+from sam.ner.prompts import fold
 from sam.results import PREDICTIONS
 
 BASELINE, METHOD = "unified", "SaM"
@@ -329,7 +329,7 @@ def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:
 
 
 def counts_of(sentences: Iterable[tuple[set[Any], set[Any]]]) -> Counts:
-    """Counts of (gold, predicted) distinct pairs, as :mod:`sam.scoring` counts them."""
+    """Counts of (gold, predicted) distinct pairs, as :mod:`sam.ner.scoring` counts them."""
     found = [(len(gold & predicted), len(predicted), len(gold)) for gold, predicted in sentences]
     return np.array(found, dtype=np.float64).T
 

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sam import corpora
+from sam import data as corpora
 from sam.errors import SamError
 from sam.results import write_text
 

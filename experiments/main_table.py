@@ -34,7 +34,7 @@ from experiments.comparison import (
 )
 from experiments.render import escape, markdown_table, records_csv
 from sam.errors import SamError
-from sam.prompts import align
+from sam.ner.alignment import align
 from sam.results import write_json, write_text
 
 PAIRS = (

@@ -19,12 +19,12 @@ import pandas as pd
 
 from experiments.comparison import known_types
 from experiments.render import markdown_table
-from sam import corpora
-from sam.encoder import Encoder, EncoderSpec
+from sam import data as corpora
+from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.launch import compose, quiet
+from sam.models.encoder import Encoder, EncoderSpec
 from sam.results import write_text
-from sam.targets import Target, load_targets
 
 
 def training_names() -> dict[str, list[str]]:

@@ -17,12 +17,12 @@ from typing import Any
 
 from experiments.collect import MEAN
 from experiments.comparison import Comparison, Row, counts_of
+from sam.data.targets import load_targets
 from sam.errors import SamError
 from sam.launch import compose
 from sam.ner import Pair, Sentence
-from sam.prompts import fold
-from sam.scoring import gold_pairs
-from sam.targets import load_targets
+from sam.ner.prompts import fold
+from sam.ner.scoring import gold_pairs
 
 Gold = Mapping[str, Mapping[str, Sentence]]
 """Target -> id -> sentence."""

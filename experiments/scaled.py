@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sam.base import staged
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Card
 from sam.experts.modelcard import write_readme
 from sam.merging import AdapterDeltas
+from sam.models.base import staged
 
 
 def scaled(expert: Path, scale: float, out: Path) -> Card:

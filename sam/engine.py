@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from sam import grammar, prompts
-from sam.base import Identity
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Generator, Request
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, model_key
-from sam.ner import Prediction
+from sam.models.base import Identity
+from sam.ner import Prediction, grammar, parsing, prompts
 
 SINGLE = MergeSpec("linear")
 """The merge of a single expert: it gives that expert untouched, as every merge of one does."""
@@ -88,7 +87,7 @@ class Engine:
                 self.cache.put(model, request, completion)
                 self._count("generated", 1, progress)
         return [
-            prompts.predict(text, known[request].text, types, known[request].truncated)
+            parsing.predict(text, known[request].text, types, known[request].truncated)
             for (types, text), request in zip(asked, requests, strict=True)
         ]
 

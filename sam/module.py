@@ -10,12 +10,12 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from sam import pipeline
-from sam.encoder import Encoder
+from sam.data.targets import Target
 from sam.engine import Engine
 from sam.errors import SamError
+from sam.models.encoder import Encoder
 from sam.ner import Prediction, Sentence
 from sam.selection import Selection
-from sam.targets import Target
 
 BATCH = 64
 """Sentences that Lightning hands over at a time."""

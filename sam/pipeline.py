@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sam.combine import check_rule, combine
-from sam.encoder import Encoder
+from sam.data.targets import Target
 from sam.engine import SINGLE, Asked, Engine
 from sam.experts.card import Pool
 from sam.merging import MergeSpec
 from sam.merging.checks import check_seed
+from sam.models.encoder import Encoder
 from sam.ner import Prediction, Sentence
-from sam.scoring import Scores, score
+from sam.ner.combine import check_rule, combine
+from sam.ner.scoring import Scores, score
 from sam.selection import SELECTORS, Ask, Query, Selection, check, sampling, select
-from sam.targets import Target
 
 COMBINED = "combined"
 """The name under which scores hold those of the combined predictions."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam.base import MANIFEST, Base, BaseSpec, load
-from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.models.base import MANIFEST, Base, BaseSpec, load
+from sam.models.encoder import Encoder, EncoderSpec
 from sam.paths import cache_dir
 from tests.tiny import DOMAINS, HashEncoder, config, write_base, write_pool
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sam import prompts
+from sam.data.targets import mini
 from sam.generation import Completion, Request
-from sam.ner import Mention, Sentence
-from sam.targets import mini
+from sam.ner import Mention, Sentence, prompts
 
 Reply = Callable[[int, Sequence[str], str], str]
 """(a number that the loaded deltas decide, requested types, text) -> completion."""

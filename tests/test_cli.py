@@ -18,8 +18,8 @@ import pytest
 
 import sam
 from experiments import tables
-from sam.base import BaseSpec
 from sam.experts.card import Pool
+from sam.models.base import BaseSpec
 from sam.results import RESULT, STATUS
 
 ROOT = Path(sam.__file__).parent.parent

@@ -11,15 +11,14 @@ import pytest
 import torch
 
 import sam.engine
-from sam import prompts
-from sam.base import Base, BaseSpec, Identity
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Request
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
-from sam.ner import Prediction
+from sam.models.base import Base, BaseSpec, Identity
+from sam.ner import Prediction, parsing, prompts
 from tests.fakes import FakeGenerator, numbered
 from tests.generation.models import oracle
 
@@ -77,7 +76,7 @@ def test_predictions_are_those_of_the_merge_by_hand(
         by_hand = [oracle(tiny, Request(prompts.prefix(TYPES), prompts.suffix(text)), 8) for text in TEXTS]
     generator = TransformersGenerator(tiny_spec, "cpu", 8, 2)
     found = Engine(pool, generator, CompletionCache(None), BASE).predict(names, merge, asked())
-    assert found == [prompts.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
+    assert found == [parsing.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
 
 
 def test_models_differ(engine: MakeEngine) -> None:

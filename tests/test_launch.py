@@ -19,9 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sam import launch
-from sam.base import BaseSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.models.base import BaseSpec
 from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_json, write_status
 from tests.tiny import make_card, one_line
@@ -87,7 +87,7 @@ def test_all_merges_share_their_keys_and_are_valid() -> None:
 
 @pytest.mark.usefixtures("conf")
 def test_options_name_what_the_code_knows() -> None:
-    from sam.combine import RULES
+    from sam.ner.combine import RULES
     from sam.selection import SELECTORS
 
     assert set(GROUPS["selector"]) - set(SHORT) == set(SELECTORS)

@@ -11,19 +11,19 @@ import pytest
 
 import sam
 from sam import pipeline
-from sam.base import Identity
-from sam.combine import combine
+from sam.data.targets import Target
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import MergeSpec
+from sam.models.base import Identity
 from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence
+from sam.ner.combine import combine
+from sam.ner.scoring import score
 from sam.pipeline import Method
-from sam.scoring import score
 from sam.selection import Query, domain, sampling
-from sam.targets import Target
 from tests.fakes import FakeGenerator, Reply, capitals, numbered
 from tests.tiny import HashEncoder, one_line
 

@@ -13,8 +13,8 @@ import pytest
 from filelock import FileLock
 
 from sam import sharing
-from sam.base import BaseSpec
 from sam.experts.card import Pool
+from sam.models.base import BaseSpec
 from sam.results import RESULT, STATUS, write_status
 from tests.test_cli import Runner, make_runner, table_rows
 

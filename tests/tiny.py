@@ -19,12 +19,12 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sam.base import Base
-from sam.encoder import SHIPPED, Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Card, Pool
+from sam.models.base import Base
+from sam.models.encoder import SHIPPED, Encoder, EncoderSpec
+from sam.ner.prompts import PROMPT_VERSION
 from sam.paths import conf_dir
-from sam.prompts import PROMPT_VERSION
 
 DOMAINS = ("news", "social", "biomedical", "stem", "legal", "traffic")
 DIM = 384

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from sam import corpora
-from sam.base import Base, BaseSpec, load
-from sam.encoder import Encoder
+from sam import data as corpora
 from sam.experts import Card, ExpertModule, Recipe, train, train_expert
 from sam.experts.data import OPEN
+from sam.models.base import Base, BaseSpec, load
+from sam.models.encoder import Encoder
 from sam.ner import Mention, Sentence
 from tests.fakes import FakeGenerator, capitals
 from tests.tiny import HashEncoder

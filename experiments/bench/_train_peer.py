@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from sam.base import BaseSpec, device_of, load
+from sam.models.base import BaseSpec, device_of, load
 from sam.results import peak_memory_mb
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from experiments import bootstrap
 from experiments.bench.harness import Contestant, Figures, Options, Report, compete, joined, measured
 from experiments.comparison import counts_of
-from sam import grammar, prompts
-from sam.base import BaseSpec
+from sam.data.targets import load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import Completion, Generator
@@ -21,9 +20,9 @@ from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.launch import compose
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules
-from sam.ner import Sentence
-from sam.scoring import gold_pairs
-from sam.targets import load_targets
+from sam.models.base import BaseSpec
+from sam.ner import Sentence, grammar, parsing
+from sam.ner.scoring import gold_pairs
 
 SENTENCES = 200
 REAL = ("ai", "literature", "music", "politics", "science")
@@ -113,7 +112,7 @@ def agreement(made: dict[str, list[Completion]], asked: Sequence[Asked]) -> dict
 
 def _counts(made: Sequence[Completion], asked: Sequence[Asked]) -> bootstrap.Counts:
     return counts_of(
-        (gold_pairs(s), set(prompts.predict(s.text, one.text, types, one.truncated).pairs))
+        (gold_pairs(s), set(parsing.predict(s.text, one.text, types, one.truncated).pairs))
         for one, (types, s) in zip(made, asked, strict=True)
     )
 

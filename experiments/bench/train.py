@@ -24,15 +24,15 @@ import torch
 from transformers import AutoTokenizer
 
 from experiments.bench.harness import PEAK, Contestant, Figures, Options, Report, compete, joined
-from sam.base import BaseSpec, device_of, folder, load
+from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.data import ExpertDataModule, Recipe, Renderer
 from sam.experts.module import ExpertModule, rates
 from sam.experts.packing import Batch, Example
 from sam.experts.train import auto_precision, fit
 from sam.launch import compose
+from sam.models.base import BaseSpec, device_of, folder, load
 from sam.results import peak_memory_mb
-from sam.targets import mini
 
 ROOT = Path(__file__).parents[2]
 STEPS, QUICK_STEPS = 60, 3

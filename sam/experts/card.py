@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sam.base import CARD_FILE
 from sam.errors import SamError
+from sam.models.base import CARD_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -29,9 +29,9 @@ class Card:
 
     ``base_fold`` is the content hash of the adapter that was folded into the base (its fingerprint covers it).
     ``centroid`` is the normalised mean embedding of its training sentences by ``encoder``
-    (:attr:`sam.encoder.EncoderSpec.identity`); ``scores`` are on held-out sentences of its own datasets. Cards of role
-    ``unified`` (the baseline) and ``start`` (folded into the base before all others are trained) are never selected by
-    rank.
+    (:attr:`sam.models.encoder.EncoderSpec.identity`); ``scores`` are on held-out sentences of its own datasets. Cards
+    of role ``unified`` (the baseline) and ``start`` (folded into the base before all others are trained) are never
+    selected by rank.
     """
 
     name: str

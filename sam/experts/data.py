@@ -18,11 +18,11 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
-from sam import corpora, prompts
+from sam import data as corpora
 from sam.errors import SamError
 from sam.experts.detokenise import detokenised
 from sam.experts.packing import MOST, Batch, Example, collate
-from sam.ner import Sentence, entity_types
+from sam.ner import Sentence, entity_types, prompts
 from sam.options import options
 from sam.seeding import rng
 

@@ -25,9 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sam.base import SIBLINGS
 from sam.experts.packing import additive
 from sam.experts.steps import Attention, LoraProduct, Norm, RotaryAttention, SwiGLU
+from sam.models.base import SIBLINGS
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 """Norms that compute ``w * x / rms(x)`` and whose output only linear layers read."""

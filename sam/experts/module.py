@@ -13,10 +13,10 @@ import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sam.base import Base
 from sam.experts.data import Recipe
 from sam.experts.lean import lean
 from sam.experts.packing import read
+from sam.models.base import Base
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The dtype of the large products where it is not the weights', by Lightning's precision."""

@@ -18,9 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
-from sam import corpora, grammar, prompts
-from sam.base import Base, multiplies_bf16, staged
-from sam.encoder import Encoder
+from sam import data as corpora
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, HELDOUT_CHARACTERS, WEIGHTS_FILE, Card
 from sam.experts.data import DATA_VERSION, MEASURES, OPEN, ExpertDataModule, Recipe
@@ -28,9 +26,11 @@ from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
 from sam.experts.packing import most_packed
 from sam.generation import Generator
-from sam.ner import Sentence, entity_types
+from sam.models.base import Base, multiplies_bf16, staged
+from sam.models.encoder import Encoder
+from sam.ner import Sentence, entity_types, grammar, parsing, prompts
+from sam.ner.scoring import Scores, score
 from sam.results import versions
-from sam.scoring import Scores, score
 from sam.seeding import rng
 
 log = logging.getLogger(__name__)
@@ -318,7 +318,7 @@ def _score(
     requests = [grammar.request(of, s.text, constrained) for of, s in zip(asked, sentences, strict=True)]
     made = dict(generator.generate(requests))
     predicted = [
-        prompts.predict(s.text, made[i].text, of, made[i].truncated)
+        parsing.predict(s.text, made[i].text, of, made[i].truncated)
         for i, (s, of) in enumerate(zip(sentences, asked, strict=True))
     ]
     scores = score(sentences, predicted)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sam.base import BaseSpec, folder
 from sam.errors import SamError, one_line
 from sam.generation.api import Completion, Generator, Request
 from sam.generation.cache import CompletionCache
+from sam.models.base import BaseSpec, folder
 from sam.options import options
 
 __all__ = ["Completion", "CompletionCache", "DecodeSpec", "Generator", "Request", "auto", "build"]
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class DecodeSpec:
     """``max_new_tokens`` limits a completion. ``constrained``: only completions in the prompt's own syntax, of the
-    requested types and of texts of the sentence, can be generated (:mod:`sam.grammar`)."""
+    requested types and of texts of the sentence, can be generated (:mod:`sam.ner.grammar`)."""
 
     max_new_tokens: int = 160
     constrained: bool = False

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from sam.base import BaseSpec, folder, multiplies_bf16, stop_ids, threads
 from sam.errors import SamError
 from sam.generation import openvino_ir
 from sam.generation.api import Completion, Request, completion, encode
 from sam.merging import AdapterDeltas
+from sam.models.base import BaseSpec, folder, multiplies_bf16, stop_ids, threads
 
 Run = Generator[tuple[int, list[int], list[float]], None, None]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils import logging as hf_logging
 
-from sam.base import Base, BaseSpec, fingerprint, folder, load, settings_hash, staged
 from sam.errors import SamError
+from sam.models.base import Base, BaseSpec, fingerprint, folder, load, settings_hash, staged
 from sam.paths import cache_dir
 
 IR_VERSION = 1

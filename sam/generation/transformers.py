@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam.base import Base, BaseSpec, load
 from sam.errors import SamError
 from sam.generation.api import Completion, Request, completion, encode
 from sam.merging import MergedWeights
+from sam.models.base import Base, BaseSpec, load
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 

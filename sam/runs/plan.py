@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sam import prompts
-from sam.base import BaseSpec, Identity, device_of, identify
-from sam.encoder import EncoderSpec
+from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import DecodeSpec, Generator, build
 from sam.merging import MERGE_VERSION, AdapterDeltas, MergeSpec
+from sam.models.base import BaseSpec, Identity, device_of, identify
+from sam.models.encoder import EncoderSpec
+from sam.ner import prompts
 from sam.options import options
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
 from sam.selection import SELECTORS
-from sam.targets import Target, load_targets
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sam import prompts
 from sam.console import print_table, say
 from sam.engine import Engine
-from sam.ner import Mention, Prediction
+from sam.ner import Mention, Prediction, prompts
 from sam.pipeline import COMBINED, Method, TargetResult
 from sam.results import PREDICTIONS, RESULT, peak_memory_mb
 from sam.selection import SELECTORS

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam.base import Identity, threads
 from sam.console import console, say
+from sam.models.base import Identity, threads
 from sam.paths import cache_dir
 from sam.results import (
     PREDICTIONS,
@@ -28,8 +28,8 @@ from sam.runs.report import metrics, prediction_rows, section, sections, show
 from sam.tracking import tracked
 
 if TYPE_CHECKING:
-    from sam.encoder import Encoder, EncoderSpec
     from sam.engine import Engine
+    from sam.models.encoder import Encoder, EncoderSpec
 
 TRAINING = ("train", "domain")
 """Sections of the config that no run reads."""
@@ -59,7 +59,7 @@ class Models:
 
     def encoder(self, spec: EncoderSpec) -> Encoder:
         """The sentence encoder of ``spec``."""
-        from sam.encoder import Encoder
+        from sam.models.encoder import Encoder
 
         if self._encoder is None or self._encoder.spec != spec:
             self._encoder = Encoder(spec)

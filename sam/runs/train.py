@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sam.base import Base, BaseSpec, device_of, load
 from sam.console import print_table
-from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.data import Recipe
 from sam.experts.train import train_expert
 from sam.generation import DecodeSpec, build
+from sam.models.base import Base, BaseSpec, device_of, load
+from sam.models.encoder import Encoder, EncoderSpec
 from sam.tracking import tracked
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     """Train ``config['domain']`` into ``config['task']['out']``; returns its mean held-out F1."""
-    from sam import corpora
+    from sam import data as corpora
 
     domain, recipe = config["domain"], Recipe.from_config(config["train"])
     decode = DecodeSpec.from_config(config["decode"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sam.encoder import Encoder, cosine
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.models.encoder import Encoder, cosine
 from sam.selection.types import Ranking
 
 

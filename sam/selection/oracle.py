@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sam.errors import SamError
 from sam.ner import Sentence
-from sam.scoring import score
+from sam.ner.scoring import score
 from sam.selection.sampling import Ask
 from sam.selection.types import Ranking
 

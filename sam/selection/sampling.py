@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 from sam.ner import Pair, Prediction
-from sam.scoring import pair_f1
+from sam.ner.scoring import pair_f1
 from sam.seeding import rng
 from sam.selection.types import Ranking
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from sam.encoder import Encoder
+from sam.data.targets import Target
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.models.encoder import Encoder
 from sam.seeding import rng
 from sam.selection import domain, oracle, sampling
 from sam.selection.sampling import Ask
 from sam.selection.types import Ranking, Selection
-from sam.targets import Target
 
 
 @dataclass

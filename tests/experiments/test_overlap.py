@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.overlap import markdown, overlap, summary
+from sam.data.targets import Target
 from sam.ner import Mention, Sentence
-from sam.targets import Target
 
 ANGLES = {"bee": 0, "insect": 30, "cat": 90, "pet": 150}
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sam.base import Base, BaseSpec, fold_hash, identity, staged
 from sam.errors import SamError
 from sam.experts import Card, Pool
 from sam.experts.modelcard import write_readme
 from sam.launch import compose
-from sam.prompts import PROMPT_VERSION
+from sam.models.base import Base, BaseSpec, fold_hash, identity, staged
+from sam.ner.prompts import PROMPT_VERSION
 from tests.tiny import make_card, one_line
 
 MakePool = Callable[..., Pool]

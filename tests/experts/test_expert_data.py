@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from sam import corpora, prompts
-from sam.base import Base
+from sam import data as corpora
 from sam.errors import SamError
 from sam.experts import ExpertDataModule, Recipe
 from sam.experts.data import (
@@ -26,7 +25,8 @@ from sam.experts.data import (
     rng,
 )
 from sam.experts.detokenise import detokenised
-from sam.ner import Mention, Sentence
+from sam.models.base import Base
+from sam.ner import Mention, Sentence, parsing, prompts
 from tests.tiny import config, one_line
 from tests.toy_training import toy, use_toys
 
@@ -121,7 +121,7 @@ def test_batch_is_the_prompts_and_the_answers_to_the_types_they_name(tiny: Base)
         for sentence, (prompt, answer), example in zip((SENTENCE, second), shown, batch.examples, strict=True):
             assert prompt == prompts.render(names, sentence.text)
             assert answer == prompts.answer(sentence, names)
-            assert {t for t, _ in prompts.parse(answer).pairs} == {t for t, _ in sentence.pairs} & set(names)
+            assert {t for t, _ in parsing.parse(answer).pairs} == {t for t, _ in sentence.pairs} & set(names)
             assert example.ids[-1] == 0
             # Tokenised apart, as the decoder does it.
             ids = tiny.tokenizer(prompts.suffix(sentence.text), add_special_tokens=False).input_ids
@@ -276,7 +276,7 @@ def test_negatives_are_foreign_types_without_gold(tiny: Base) -> None:
         assert set(TYPES) <= set(asked(text)) <= {*TYPES, *foreign}
         added[len(asked(text)) - len(TYPES)] += 1
         assert answer == prompts.answer(SENTENCE, asked(text)) and not set(foreign) & {
-            t for t, _ in prompts.parse(answer).pairs
+            t for t, _ in parsing.parse(answer).pairs
         }
     assert set(added) == {0, 1, 2, 3} and min(added.values()) > 30
     one = Renderer(tiny.tokenizer, 0, Recipe(label_drop=0.0, negatives=3, max_types=10))

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sam.base import Base
 from sam.experts import ExpertModule, Recipe
 from sam.experts.packing import Example, packed
+from sam.models.base import Base
 
 EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
 PREFIX = (1, 30, 31, 2)

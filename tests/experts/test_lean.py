@@ -24,10 +24,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sam.base import Base
 from sam.experts import ExpertModule, Recipe
 from sam.experts.lean import ATTENTION, groups, lean, page_out
 from sam.experts.packing import Batch, Example, additive, collate, padded
+from sam.models.base import Base
 
 EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
 PREFIX = (1, 30, 31, 2)

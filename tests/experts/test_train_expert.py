@@ -21,14 +21,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from sam import corpora
-from sam.base import Base
+from sam import data as corpora
 from sam.errors import SamError
 from sam.experts import Card, ExpertModule, Pool, Recipe, train
 from sam.experts.train import auto_precision, draw_heldout, recipe_hash
 from sam.merging import AdapterDeltas
+from sam.models.base import Base
 from sam.ner import Mention, Sentence
-from sam.prompts import PROMPT_VERSION, answer
+from sam.ner.prompts import PROMPT_VERSION, answer
 from tests.fakes import FakeGenerator
 from tests.tiny import one_line
 from tests.toy_training import RECIPE, STEPS, arrange, run, toy, use_toys

@@ -18,9 +18,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sam import prompts
-from sam.base import Base
 from sam.generation import Completion, Generator, Request
+from sam.models.base import Base
+from sam.ner import prompts
 from tests.tiny import make_tokenizer
 
 TYPES = ["person", "location"]

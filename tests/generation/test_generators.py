@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam import grammar, prompts
-from sam.base import Base, BaseSpec, load
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import Generator, auto, build
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+from sam.models.base import Base, BaseSpec, load
+from sam.ner import grammar, parsing
 from tests.generation.models import LIMIT, TEXTS, TYPES, completions, generated, oracle, requests, write_model
 from tests.tiny import one_line, write_adapter, write_base
 
@@ -169,7 +169,7 @@ def test_constrained_completions_are_in_the_language(make: Make, tmp_path: Path,
     found = completions(make(spec, limit=80), asked)
     free = completions(make(spec, limit=80), [grammar.request(TYPES, text, False) for text in texts])
     assert [c.text for c in found] != [c.text for c in free]
-    read = [prompts.predict(text, c.text, TYPES, c.truncated) for text, c in zip(texts, found, strict=True)]
+    read = [parsing.predict(text, c.text, TYPES, c.truncated) for text, c in zip(texts, found, strict=True)]
     assert all((p.unparsable, p.not_in_sentence, p.not_asked) == (False, 0, 0) for p in read)
     assert sum(len(p.pairs) for p in read) > 5 and not all(c.truncated for c in found)
 
@@ -263,7 +263,7 @@ def test_openvino_refuses_a_gpu(tiny_spec: BaseSpec) -> None:
 @pytest.mark.slow
 def test_openvino_agrees_with_generate_on_a_real_model(smollm: Base, smollm_spec: BaseSpec) -> None:
     """In fp32 all completions of 12 sentences, in bf16 nearly all tokens of their beginnings."""
-    from sam.targets import mini
+    from sam.data.targets import mini
 
     target = mini("movie")
     asked = requests([s.text for s in target.sentences[:12]], target.types)

@@ -15,22 +15,22 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sam.runs.run
-from sam import launch, prompts
-from sam.base import BaseSpec
-from sam.combine import combine
+from sam import launch
+from sam.data.targets import mini
 from sam.engine import Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import AdapterDeltas
+from sam.models.base import BaseSpec
 from sam.module import SamModule
-from sam.ner import Mention, Prediction, Sentence
+from sam.ner import Mention, Prediction, Sentence, parsing
+from sam.ner.combine import combine
+from sam.ner.scoring import score
 from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
 from sam.runs.plan import identified, plan
 from sam.runs.run import Models, run
-from sam.scoring import score
-from sam.targets import mini
 from tests.fakes import FakeGenerator
 from tests.tiny import HashEncoder, make_card, one_line
 
@@ -50,7 +50,7 @@ def composed(pool: Pool, tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytes
     launch.register_resolvers()
     monkeypatch.setattr(sys, "argv", ["run.py"])
     monkeypatch.setenv("SAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sam.encoder.Encoder", lambda spec: HashEncoder())
+    monkeypatch.setattr("sam.models.encoder.Encoder", lambda spec: HashEncoder())
     fixed = ["base=local", f"base.location={tiny_spec.location}", f"experts.path={pool.path}", "logger=none"]
     fixed += [
         "generator._target_=tests.fakes.mixed_generator",
@@ -88,7 +88,7 @@ def test_predictions_scored_again_give_the_result(composed: Compose, tmp_path: P
         assert target["n"] == 6
         gold = [Sentence(r["id"], r["text"], tuple(Mention(a, b, t) for t, a, b in r["gold"])) for r in mine]
         found: dict[str, list[Prediction]] = {
-            model: [prompts.predict(r["text"], r["models"][model]["answer"], target["types"]) for r in mine]
+            model: [parsing.predict(r["text"], r["models"][model]["answer"], target["types"]) for r in mine]
             for model in target["models"]
         }
         found["combined"] = [

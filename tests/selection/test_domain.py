@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam.encoder import Encoder, EncoderSpec
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.models.encoder import Encoder, EncoderSpec
 from sam.selection import domain
 from tests.tiny import make_card, one_line
 

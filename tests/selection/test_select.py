@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam.encoder import SHIPPED, Encoder, EncoderSpec
+from sam.data.targets import Target
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.models.encoder import SHIPPED, Encoder, EncoderSpec
 from sam.ner import Mention, Pair, Prediction, Sentence
 from sam.selection import SELECTORS, Query, select
 from sam.selection.select import check
-from sam.targets import Target
 from tests.tiny import make_card, one_line
 
 NAMES = ("ant", "bee", "cat", "dog")

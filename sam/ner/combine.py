@@ -1,0 +1,80 @@
+"""Combine what several models found in one sentence into one prediction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from sam.errors import SamError
+from sam.ner import Pair, Prediction
+from sam.ner.alignment import locate
+
+NEEDED = 2
+"""The voices that a pair needs under the rule ``vote``."""
+
+Rule = Callable[[Sequence[Prediction], Sequence[int]], tuple[Pair, ...]]
+
+
+def _union(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    return tuple(dict.fromkeys(pair for prediction in predictions for pair in prediction.pairs))
+
+
+def _intersection(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    common = set.intersection(*(set(prediction.pairs) for prediction in predictions))
+    return tuple(pair for pair in dict.fromkeys(predictions[0].pairs) if pair in common)
+
+
+def _vote(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    heard: Counter[Pair] = Counter()
+    for prediction, count in zip(predictions, voices, strict=True):
+        heard.update(dict.fromkeys(prediction.pairs, count))
+    needed = min(NEEDED, sum(voices))
+    return tuple(pair for pair in _union(predictions, voices) if heard[pair] >= needed)
+
+
+RULES: dict[str, Rule] = {
+    "union": _union,
+    "intersection": _intersection,
+    "vote": _vote,
+}
+
+
+def check_rule(rule: str) -> None:
+    """Raise SamError for an unknown rule."""
+    if rule not in RULES:
+        raise SamError(f"combine.rule={rule} is unknown; allowed: {', '.join(RULES)}")
+
+
+def combine(
+    predictions: Sequence[Prediction],
+    text: str,
+    rule: str,
+    types: Sequence[str],
+    voices: Sequence[int] | None = None,
+) -> Prediction:
+    """One prediction out of several models' ``predictions`` on the sentence ``text``, asked for ``types``.
+
+    Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
+    adds), ``intersection`` (pairs that all models found), ``vote`` (pairs that at least two voices found; a merged
+    model speaks for its experts, so ``voices`` holds their number for each model, by default 1). The spans and counts
+    are then made anew from the combined pairs: longest text first, and a text that two models give two types keeps both
+    pairs while its span goes to the type of the model listed first.
+    ``unparsable`` means that all answers were, ``truncated`` that any was; the answer is empty, as there is no single
+    one.
+
+    Raises SamError on an unknown rule or no predictions.
+    """
+    check_rule(rule)
+    if not predictions:
+        raise SamError("no predictions to combine: give those of at least one model")
+    pairs = RULES[rule](predictions, [1] * len(predictions) if voices is None else voices)
+    mentions, not_in_sentence, not_asked = locate(pairs, text, types)
+    return Prediction(
+        pairs=pairs,
+        mentions=mentions,
+        answer="",
+        unparsable=all(prediction.unparsable for prediction in predictions),
+        truncated=any(prediction.truncated for prediction in predictions),
+        not_in_sentence=not_in_sentence,
+        not_asked=not_asked,
+    )
