@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from sam import launch
+from sam import extend, launch
 from sam.errors import SamError
 
 launch.register_resolvers()
@@ -19,6 +19,7 @@ def main(cfg: DictConfig) -> float:
 
 if __name__ == "__main__":
     sys.argv[1:] = launch.arranged(sys.argv[1:])
+    extend.importable(sys.argv[1:])
     try:
         launch.check_overrides(sys.argv[1:])
     except SamError as error:

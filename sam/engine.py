@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Generator, Request
-from sam.merging import AdapterDeltas, MergeSpec, merge_modules, model_key
+from sam.merging import AdapterDeltas, Merge, MergeSpec, merge_modules, model_key
 from sam.models.base import Identity
 from sam.ner import Prediction, grammar, parsing, prompts
 
@@ -59,14 +59,14 @@ class Engine:
             self._adapters[name] = AdapterDeltas.open(self.pool.folder(name))
         return self._adapters[name]
 
-    def key(self, experts: Sequence[str], merge: MergeSpec) -> str:
+    def key(self, experts: Sequence[str], merge: Merge) -> str:
         """What names the merged model (see :func:`sam.merging.model_key`)."""
         return model_key(self.base.fingerprint, [self.adapter(e) for e in experts], list(experts), merge)
 
     def predict(
         self,
         experts: Sequence[str],
-        merge: MergeSpec,
+        merge: Merge,
         asked: Sequence[Asked],
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
@@ -97,7 +97,7 @@ class Engine:
             progress(number)
 
     def _generate(
-        self, key: str, experts: Sequence[str], merge: MergeSpec, requests: Sequence[Request]
+        self, key: str, experts: Sequence[str], merge: Merge, requests: Sequence[Request]
     ) -> Iterator[tuple[Request, Completion]]:
         """Each request with its completion, as they are done."""
         if self._loaded != key:

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from sam import sharing
 from sam.console import print_table, say
 from sam.errors import SamError, one_line
+from sam.extend import TARGET, config_dirs
 from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_status
 from sam.tracking import check_logger
@@ -95,7 +96,14 @@ def arranged(argv: Sequence[str]) -> list[str]:
 @cache
 def groups() -> dict[str, list[str]]:
     """The config groups, each with the names of its options."""
-    return {f.name: sorted(p.stem for p in f.glob("*.yaml")) for f in conf_dir().iterdir() if f.is_dir()}
+    names = [f.name for f in conf_dir().iterdir() if f.is_dir()]
+    return {name: sorted({file.stem for file in _files(name)}) for name in names}
+
+
+def _files(group: str) -> list[Path]:
+    """The config files of a group, those in the folders of ``--config-dir`` among them."""
+    folders = [conf_dir(), *config_dirs(sys.argv[1:])]
+    return [file for folder in folders for file in sorted((folder / group).glob("*.yaml"))]
 
 
 @cache
@@ -104,7 +112,7 @@ def keys(group: str) -> list[str]:
     if group == "":
         files, others = [conf_dir() / "config.yaml"], ["hydra", *(g for g in groups() if g != "dataset")]
     else:
-        files, others = sorted((conf_dir() / group).glob("*.yaml")), []
+        files, others = _files(group), []
     found = [key for file in files for key in OmegaConf.load(file)]
     if group == "target":
         found += OmegaConf.load(conf_dir() / "target_defaults.yaml").target
@@ -219,9 +227,13 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         raise SamError(f"{missing[0]} has no value; give {missing[0]}=…")
     try:
-        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise SamError(f"the config does not resolve: {one_line(error)}") from None
+    for section, key in (("merge", "name"), ("selector", "name"), ("combine", "rule")):
+        if TARGET in config.get(section, {}):  # what tables call it
+            config[section].setdefault(key, config[section][TARGET])
+    return config
 
 
 def run_task(config: dict[str, Any], folder: Path, overrides: list[str], group: str | None) -> float:

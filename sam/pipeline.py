@@ -10,13 +10,13 @@ from typing import NamedTuple
 from sam.data.targets import Target
 from sam.engine import SINGLE, Asked, Engine
 from sam.experts.card import Pool
-from sam.merging import MergeSpec
+from sam.merging import Merge
 from sam.merging.checks import check_seed
 from sam.models.encoder import Encoder
 from sam.ner import Prediction, Sentence
-from sam.ner.combine import check_rule, combine
+from sam.ner.combine import Rule, check_rule, combine
 from sam.ner.scoring import Scores, score
-from sam.selection import SELECTORS, Ask, Query, Selection, check, sampling, select
+from sam.selection import Ask, Query, Selection, Selector, check, sampling, selector_of
 
 COMBINED = "combined"
 """The name under which scores hold those of the combined predictions."""
@@ -35,9 +35,10 @@ def silent(description: str, total: int) -> Callable[[int], None]:
 @dataclass(frozen=True)
 class Method:
     """How targets are run: ``selector`` ranks the experts ``names`` and chooses ``k`` for each task model, ``merge``
-    merges them, ``rule`` combines the models' predictions. ``experts``: those of ``selector=named``."""
+    merges them, ``rule`` combines the models' predictions. ``experts``: those of ``selector=named``. Where a selector
+    or a rule is not ours it is given too, and its name is that of the function."""
 
-    merge: MergeSpec
+    merge: Merge
     names: tuple[str, ...]
     selector: str = "sam"
     k: int = 3
@@ -45,13 +46,20 @@ class Method:
     rule: str = "union"
     seed: int = 0
     experts: tuple[str, ...] = ()
+    custom_selector: Selector | None = None
+    custom_rule: Rule | None = None
+
+    @property
+    def chooser(self) -> Selector:
+        """The selector itself."""
+        return self.custom_selector or selector_of(self.selector)
 
     def check(self, pool: Pool) -> None:
         """Raises SamError for what cannot be run, before anything is loaded."""
         self.merge.validate()
         check_seed(self.seed, "seed")
-        check_rule(self.rule)
-        check(self.selector, self.k, self.sample_size, self.names, pool, self.experts)
+        check_rule(self.custom_rule or self.rule)
+        check(self.selector, self.chooser, self.k, self.sample_size, self.names, pool, self.experts)
 
 
 class Spent(NamedTuple):
@@ -103,7 +111,7 @@ def select_for(
             return [known[one] for one in asked]
         return engine.predict([expert], SINGLE, asked)
 
-    return select(method.selector, query(method, target, engine.pool, encoder, ask))
+    return method.chooser.choose(query(method, target, engine.pool, encoder, ask))
 
 
 def query(method: Method, target: Target, pool: Pool, encoder: Encoder, ask: Ask) -> Query:
@@ -120,8 +128,9 @@ def result(
 ) -> TargetResult:
     """Combine and score the sentences that all task models have predictions for."""
     sizes = [len(selections[name].experts) for name in predictions]
+    rule = method.custom_rule or method.rule
     combined = {
-        s.id: combine([of[s.id] for of in predictions.values()], s.text, method.rule, target.types_of(s), sizes)
+        s.id: combine([of[s.id] for of in predictions.values()], s.text, rule, target.types_of(s), sizes)
         for s in target.sentences
         if predictions and all(s.id in of for of in predictions.values())
     }
@@ -134,7 +143,7 @@ def _sample(
     method: Method, targets: Sequence[Target], engine: Engine, progress: Progress
 ) -> dict[str, dict[Asked, Prediction]]:
     """What each expert alone predicts on the sentences that sampling evaluation draws from all targets."""
-    if not SELECTORS[method.selector].uses_sample:
+    if not method.chooser.uses_sample:
         return {}
     drawn = [
         (target.types_of_text(target.unlabelled[i]), target.unlabelled[i])

@@ -88,7 +88,7 @@ def test_all_merges_share_their_keys_and_are_valid() -> None:
 @pytest.mark.usefixtures("conf")
 def test_options_name_what_the_code_knows() -> None:
     from sam.ner.combine import RULES
-    from sam.selection import SELECTORS
+    from sam.selection.select import SELECTORS
 
     assert set(GROUPS["selector"]) - set(SHORT) == set(SELECTORS)
     assert set(GROUPS["combine"]) == set(RULES)

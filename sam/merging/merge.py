@@ -15,15 +15,13 @@ from sam.merging import streams
 from sam.merging.checks import raw_weights
 from sam.merging.deltas import AdapterDeltas
 from sam.merging.factors import factor_linear, factor_ties
-from sam.merging.spec import MergeSpec
+from sam.merging.spec import CustomMerge, Merge
 
 MERGE_VERSION = 2
 """Part of every model key; to be raised when a change of this package changes merged values."""
 
 
-def merge_modules(
-    adapters: Sequence[AdapterDeltas], names: Sequence[str], spec: MergeSpec
-) -> Iterator[tuple[str, Tensor]]:
+def merge_modules(adapters: Sequence[AdapterDeltas], names: Sequence[str], spec: Merge) -> Iterator[tuple[str, Tensor]]:
     """Stream (module, merged ΔW in fp32), modules in order of name; at a time, one module's deltas are held.
 
     ``names`` are the experts' names, one an adapter. The experts are put in an order of their own first (content hash,
@@ -43,12 +41,13 @@ def merge_modules(
         return ((module, adapters[0].delta(module)) for module in adapters[0].modules())
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].content_hash, names[i]))
     weights = None if spec.weights is None else tuple(spec.weights[i] for i in order)
+    spec = spec if isinstance(spec, CustomMerge) else replace(spec, weights=weights)
     adapters, names = [adapters[i] for i in order], [names[i] for i in order]
     _check_shapes(adapters, names)
-    return _dispatch(adapters, names, replace(spec, weights=weights))
+    return _dispatch(adapters, names, spec)
 
 
-def model_key(base_fingerprint: str, adapters: Sequence[AdapterDeltas], names: Sequence[str], spec: MergeSpec) -> str:
+def model_key(base_fingerprint: str, adapters: Sequence[AdapterDeltas], names: Sequence[str], spec: Merge) -> str:
     """SHA-256 (hex) of all that decides the merged model's weights, and of nothing else.
 
     That is the base model, each expert's content and weight in any order, the canonical spec, and the experts' names
@@ -72,7 +71,9 @@ def model_key(base_fingerprint: str, adapters: Sequence[AdapterDeltas], names: S
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _dispatch(adapters: list[AdapterDeltas], names: list[str], spec: MergeSpec) -> Iterator[tuple[str, Tensor]]:
+def _dispatch(adapters: list[AdapterDeltas], names: list[str], spec: Merge) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(spec, CustomMerge):
+        return spec.stream(adapters)
     given: dict[str, Any] = {"lam": spec.lam, "weights": spec.weights}
     if spec.name == "linear":
         return streams.linear_stream(adapters, **given)

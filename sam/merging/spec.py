@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from sam import extend
 from sam.errors import SamError
 from sam.merging.checks import check_choice, check_density, check_lam, check_seed, check_weights
+from sam.merging.deltas import AdapterDeltas
 from sam.merging.streams import AGGREGATES, SIGNS, TRIM_SCOPES
 
 USES: dict[str, frozenset[str]] = {
@@ -100,6 +106,45 @@ class MergeSpec:
         means = self.name in ("linear", "dare") or (self.name in ("ties", "dare_ties") and self.aggregate == "mean")
         return [w / (max(weights) if means else 1.0) for w in weights]
 
+
+@dataclass(frozen=True)
+class CustomMerge:
+    """A merge by a function that is not ours: of the list of ΔW of one module (fp32, in an order that does not depend
+    on the selection's) and of ``options``, it returns the merged ΔW."""
+
+    target: str
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: None = None
+    signed_weights = is_random = False
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.target
+
+    def validate(self) -> None:
+        """Options were checked against the function's signature."""
+
+    def canonical(self) -> dict[str, Any]:
+        """The function, the source file that it is in, and its options."""
+        return extend.identity(self.target, self.function, self.options)
+
+    def stream(self, adapters: Sequence[AdapterDeltas]) -> Iterator[tuple[str, Tensor]]:
+        """(module, merged ΔW), a module at a time; an expert without a module counts as zero there."""
+        for module in sorted({module for adapter in adapters for module in adapter}):
+            shape = next(adapter.shape(module) for adapter in adapters if module in adapter)
+            deltas = [adapter[module] if module in adapter else torch.zeros(shape) for adapter in adapters]
+            merged = self.function(deltas, **self.options)
+            if not isinstance(merged, Tensor) or merged.shape != shape:
+                got = f"shape {list(merged.shape)}" if isinstance(merged, Tensor) else f"a {type(merged).__name__}"
+                raise SamError(
+                    f"merge: {self.target} returned {got} for {module}; it must return a ΔW of {list(shape)}"
+                )
+            yield module, merged.float()
+
+
+Merge = MergeSpec | CustomMerge
 
 _HINTS = {
     "density": "a fraction in (0, 1], e.g. 0.2",

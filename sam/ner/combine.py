@@ -39,16 +39,16 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_rule(rule: str) -> None:
+def check_rule(rule: str | Rule) -> None:
     """Raise SamError for an unknown rule."""
-    if rule not in RULES:
+    if isinstance(rule, str) and rule not in RULES:
         raise SamError(f"combine.rule={rule} is unknown; allowed: {', '.join(RULES)}")
 
 
 def combine(
     predictions: Sequence[Prediction],
     text: str,
-    rule: str,
+    rule: str | Rule,
     types: Sequence[str],
     voices: Sequence[int] | None = None,
 ) -> Prediction:
@@ -67,7 +67,8 @@ def combine(
     check_rule(rule)
     if not predictions:
         raise SamError("no predictions to combine: give those of at least one model")
-    pairs = RULES[rule](predictions, [1] * len(predictions) if voices is None else voices)
+    chosen = RULES[rule] if isinstance(rule, str) else rule
+    pairs = tuple(chosen(predictions, [1] * len(predictions) if voices is None else voices))
     mentions, not_in_sentence, not_asked = locate(pairs, text, types)
     return Prediction(
         pairs=pairs,

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
+from sam import extend
 from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import DecodeSpec, Generator, build
-from sam.merging import MERGE_VERSION, AdapterDeltas, MergeSpec
+from sam.merging import MERGE_VERSION, AdapterDeltas, CustomMerge, Merge, MergeSpec
 from sam.models.base import BaseSpec, Identity, device_of, identify
 from sam.models.encoder import EncoderSpec
 from sam.ner import prompts
+from sam.ner.combine import Rule
 from sam.options import options
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
-from sam.selection import SELECTORS
+from sam.selection import Selector, custom
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,19 @@ class Plan:
     @property
     def uses_encoder(self) -> bool:
         """Whether sentences are embedded."""
-        return SELECTORS[self.method.selector].uses_encoder
+        return self.method.chooser.uses_encoder or self.method.custom_selector is not None
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
     """Check all of ``config``; raises SamError with the first thing that is wrong."""
-    merge = options(MergeSpec, config["merge"], "merge")
+    merge = merge_of(config["merge"])
     decode = DecodeSpec.from_config(config["decode"])
     if config["completions"] not in ("reuse", "fresh"):
         raise SamError(f"completions={config['completions']} is unknown; allowed: reuse, fresh")
     pool = Pool(config["experts"]["path"])
-    selector, experts = config["selector"]["name"], listed(config["selector"]["experts"])
+    selector, chooser = selector_from(config["selector"])
+    experts = [] if chooser else listed(config["selector"]["experts"])
+    rule, combiner = rule_from(config["combine"])
     only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
     names = [] if selector == "none" else pool_names(pool, only, exclude)  # the base alone runs beside any pool
     method = Method(
@@ -57,14 +62,16 @@ def plan(config: Mapping[str, Any]) -> Plan:
         selector=selector,
         k=config["k"],
         sample_size=config["sample_size"],
-        rule=config["combine"]["rule"],
+        rule=rule,
         seed=config["seed"],
         experts=tuple(experts),
+        custom_selector=chooser,
+        custom_rule=combiner,
     )
     method.check(pool)
     _check_weights(method)
     targets = load_targets(config["target"], config["limit"], config["limit_seed"])
-    if SELECTORS[selector].uses_gold and not all(t.scored for t in targets):
+    if method.chooser.uses_gold and not all(t.scored for t in targets):
         raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
     base.check()
@@ -94,7 +101,8 @@ def identified(planned: Plan) -> Identity:
 
 def content(planned: Plan, base: Identity) -> dict[str, Any]:
     """All that a result depends on, by content: no path, and no setting that cannot change what is extracted."""
-    method = {**asdict(planned.method), "merge": planned.method.merge.canonical()}
+    method = {f.name: getattr(planned.method, f.name) for f in fields(Method) if not f.name.startswith("custom_")}
+    method["merge"] = planned.method.merge.canonical()
     cards = planned.pool.cards
     data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
     return {
@@ -117,6 +125,37 @@ def content_hash(content: Mapping[str, Any]) -> str:
     """The hash of plain values."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def merge_of(config: Mapping[str, Any]) -> Merge:
+    """The merge of a ``merge`` config: a method of ours, or the function that ``_target_`` names."""
+    if extend.TARGET not in config:
+        return options(MergeSpec, config, "merge")
+    function = extend.function_of(config, "merge")
+    return CustomMerge(str(config[extend.TARGET]), function, extend.options_of(config, function, "merge", 1))
+
+
+def selector_from(config: Mapping[str, Any]) -> tuple[str, Selector | None]:
+    """The name that identifies the selector of a config, and the selector itself where it is not ours."""
+    if extend.TARGET not in config:
+        return config["name"], None
+    function, target = extend.function_of(config, "selector"), str(config[extend.TARGET])
+    given = extend.options_of(config, function, "selector", 1)
+    return _named(target, function, given), custom(target, function, given)
+
+
+def rule_from(config: Mapping[str, Any]) -> tuple[str, Rule | None]:
+    """As :func:`selector_from`, of the rule by which predictions are combined."""
+    if extend.TARGET not in config:
+        return config["rule"], None
+    function, target = extend.function_of(config, "combine"), str(config[extend.TARGET])
+    given = extend.options_of(config, function, "combine", 2)
+    return _named(target, function, given), partial(function, **given)
+
+
+def _named(target: str, function: Callable[..., Any], given: Mapping[str, Any]) -> str:
+    """A name that differs with the function's source and its options."""
+    return f"{target} {content_hash(extend.identity(target, function, given))}"
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:

@@ -11,7 +11,7 @@ from sam.engine import Engine
 from sam.ner import Mention, Prediction, prompts
 from sam.pipeline import COMBINED, Method, TargetResult
 from sam.results import PREDICTIONS, RESULT, peak_memory_mb
-from sam.selection import SELECTORS
+from sam.selection.select import SELECTORS
 
 MAIN = ("precision", "recall", "f1", "span_f1")
 
@@ -33,7 +33,7 @@ def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, A
     return {
         "n": len(target.sentences),
         "types": list(target.types),
-        "labels_used_for_selection": SELECTORS[method.selector].uses_gold,
+        "labels_used_for_selection": method.chooser.uses_gold,
         "selections": {name: s.to_dict() for name, s in result.selections.items()},
         "models": models,
         "combined": {"rule": method.rule, "scores": scores.get(COMBINED)},
@@ -113,9 +113,10 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
         rows.append(["mean", "", "", *cells, "", f"{result['seconds']['total']:.1f}"])
     note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
     config = result["config"]
-    used = SELECTORS[config["selector"]["name"]].uses_k
+    name = config["selector"]["name"]
+    used = name not in SELECTORS or SELECTORS[name].uses_k
     several = any(len(m["experts"]) > 1 for t in result["targets"].values() for m in t["models"].values())
-    shown = [f"selector={config['selector']['name']}"]
+    shown = [f"selector={name}"]
     shown += [f"merge={config['merge']['name']}"] * several + [f"k={config['k']}"] * used
     title = " ".join(shown) + note
     print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)

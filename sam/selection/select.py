@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -138,11 +138,17 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def check(name: str, k: int, sample_size: int, names: Sequence[str], pool: Pool, experts: Sequence[str]) -> None:
-    """Refuse a selection that cannot be made, before anything is loaded."""
+def selector_of(name: str) -> Selector:
+    """The built-in selector ``name``."""
     if name not in SELECTORS:
         raise SamError(f"selector={name} is unknown; allowed: {', '.join(SELECTORS)}")
-    selector = SELECTORS[name]
+    return SELECTORS[name]
+
+
+def check(
+    name: str, selector: Selector, k: int, sample_size: int, names: Sequence[str], pool: Pool, experts: Sequence[str]
+) -> None:
+    """Refuse a selection that cannot be made, before anything is loaded."""
     if selector.uses_k and not (type(k) is int and 1 <= k <= len(names)):
         raise SamError(f"k={k} must be an integer in 1..{len(names)}, the size of the pool ({', '.join(names)})")
     if selector.uses_sample and not (type(sample_size) is int and sample_size >= 1):
@@ -156,6 +162,19 @@ def check(name: str, k: int, sample_size: int, names: Sequence[str], pool: Pool,
             pool.folder(expert)
 
 
-def select(name: str, query: Query) -> dict[str, Selection]:
-    """The selections that selector ``name`` makes: task model name -> experts to merge for it."""
-    return SELECTORS[name].choose(query)
+def custom(target: str, function: Callable[..., object], options: Mapping[str, object]) -> Selector:
+    """A selector by a function that is not ours: of the query and of ``options``, it returns task model name -> the
+    names of the experts to merge for it."""
+
+    def choose(query: Query) -> dict[str, Selection]:
+        chosen = function(query, **options)
+        if not isinstance(chosen, Mapping) or not chosen:
+            raise SamError(f"selector: {target} returned {chosen!r}; it must map task models to lists of experts")
+        for model, experts in chosen.items():
+            if isinstance(experts, str) or not set(experts) <= set(query.names):
+                raise SamError(
+                    f"selector: {target} chose {experts!r} for {model}; the pool holds: {', '.join(query.names)}"
+                )
+        return {str(model): Selection(target, tuple(experts), {}) for model, experts in chosen.items()}
+
+    return Selector(choose)

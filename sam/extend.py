@@ -1,0 +1,68 @@
+"""A user's own selector, merge method or combine rule in place of a built-in one: named by ``_target_`` in a config.
+
+``python run.py --config-dir FOLDER merge=mine`` reads ``FOLDER/merge/mine.yaml``; modules in FOLDER can be imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam.errors import SamError, one_line
+
+TARGET = "_target_"
+
+
+def function_of(config: Mapping[str, Any], section: str) -> Callable[..., Any]:
+    """What the ``_target_`` of a config section names. Raises SamError where it cannot be imported or called."""
+    from hydra.utils import get_object
+
+    target = str(config[TARGET])
+    try:
+        found = get_object(target)
+    except Exception as error:
+        raise SamError(f"{section}.{TARGET}={target} cannot be imported ({one_line(error)})") from None
+    if not callable(found):
+        raise SamError(f"{section}.{TARGET}={target} is no function")
+    return found  # type: ignore[no-any-return]
+
+
+def options_of(config: Mapping[str, Any], function: Callable[..., Any], section: str, given: int) -> dict[str, Any]:
+    """The section's options for ``function``, which takes ``given`` arguments beside them.
+
+    Raises SamError for an option that it does not take, or one that it needs.
+    """
+    options = {str(key): value for key, value in config.items() if key not in (TARGET, "name", "rule")}
+    try:
+        inspect.signature(function).bind(*[None] * given, **options)
+    except TypeError as error:
+        raise SamError(f"{section}: {config[TARGET]} does not take these options ({error})") from None
+    return options
+
+
+def identity(target: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a function: its name, the hash of the source file that it is in, and its options."""
+    try:
+        source = Path(inspect.getfile(function)).read_bytes()
+    except (OSError, TypeError):
+        source = b""
+    return {"target": target, "source": hashlib.sha256(source).hexdigest()[:16], "options": dict(options)}
+
+
+def config_dirs(argv: Sequence[str]) -> list[Path]:
+    """The folders that ``--config-dir`` (or ``-cd``) names on the command line."""
+    found = []
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found += [value] if equals else list(argv[i + 1 : i + 2])
+    return [Path(folder).absolute() for folder in found]
+
+
+def importable(argv: Sequence[str]) -> None:
+    """Let modules in the folders of ``--config-dir`` be imported."""
+    sys.path[:0] = [str(folder) for folder in config_dirs(argv) if str(folder) not in sys.path]

@@ -1,0 +1,153 @@
+"""Merge methods, selectors and combine rules of a user's own, beside their configs in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sam import extend
+from sam.errors import SamError
+from sam.experts.card import Pool
+from sam.merging import AdapterDeltas, CustomMerge, MergeSpec, merge_modules, model_key
+from sam.models.base import BaseSpec
+from sam.results import RESULT
+from sam.runs.plan import merge_of, rule_from, selector_from
+from tests.test_cli import Runner, errors, make_runner
+from tests.tiny import one_line
+
+MINE = """
+def halve(deltas, share=0.5):
+    return share * sum(deltas)
+
+
+def wrong(deltas):
+    return deltas[0][:3]
+
+
+def last(query, count=1):
+    return {"mine": list(query.names)[-count:]}
+
+
+def longest(predictions, voices, least=1):
+    pairs = max((p.pairs for p in predictions), key=len)
+    return tuple(pair for pair in pairs if len(pair[1]) >= least)
+"""
+FILES = {
+    "merge/mine.yaml": "_target_: mine.halve\nshare: 0.25\n",
+    "merge/wrong.yaml": "_target_: mine.wrong\n",
+    "merge/nowhere.yaml": "_target_: mine.nothing\n",
+    "selector/mine.yaml": "_target_: mine.last\ncount: 2\n",
+    "combine/mine.yaml": "_target_: mine.longest\n",
+}
+
+
+def halve(deltas: Sequence[Tensor], share: float = 0.5) -> Tensor:
+    return share * sum(deltas, start=torch.zeros(()))
+
+
+def none(*given: Any) -> None:
+    return None
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory, tiny_spec: BaseSpec, shared_pool: Pool) -> Runner:
+    home = tmp_path_factory.mktemp("extend")
+    for name, text in {**FILES, "mine.py": MINE}.items():
+        (home / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "own" / name).write_text(text)
+    return make_runner(home, tiny_spec, shared_pool)
+
+
+def run(runner: Runner, name: str, *overrides: str) -> dict[str, Any]:
+    folder = runner.home / name
+    done = runner("--config-dir", str(runner.home / "own"), *overrides, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads((folder / RESULT).read_text()))
+
+
+def test_a_merge_of_ones_own_runs_and_is_cached_under_its_source(runner: Runner) -> None:
+    first = run(runner, "a", "merge=mine", "k=2")
+    model = first["targets"]["mini_movie"]["models"]["sampling"]
+    assert len(model["experts"]) == 2 and first["config"]["merge"]["name"] == "mine.halve"
+    other = run(runner, "b", "merge=mine", "merge.share=0.5", "k=2")
+    file = runner.home / "own" / "mine.py"
+    file.write_text(MINE.replace("share * sum", "2 * share * sum"))
+    changed = run(runner, "c", "merge=mine", "k=2")
+    file.write_text(MINE)
+    keys = {r["targets"]["mini_movie"]["models"]["sampling"]["model_key"] for r in (first, other, changed)}
+    assert len(keys) == len({r["config_hash"] for r in (first, other, changed)}) == 3
+
+
+def test_a_selector_and_a_rule_of_ones_own_run(runner: Runner) -> None:
+    result = run(runner, "e", "selector=mine", "combine=mine", "k=2")
+    target = result["targets"]["mini_movie"]
+    assert target["models"]["mine"]["experts"] == ["social", "stem"]
+    assert result["config"]["selector"]["name"] == "mine.last" and result["config"]["combine"]["rule"] == "mine.longest"
+    assert target["combined"]["scores"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["merge=wrong", "k=2"], ("merge: mine.wrong returned shape [3, ", "must return a ΔW of")),
+        (["merge=nowhere"], ("merge._target_=mine.nothing cannot be imported",)),
+        (["merge=mine", "+merge.speed=3"], ("merge", "speed")),
+        (["merge=min"], ("merge=min is unknown", "did you mean mine?")),
+    ],
+)
+def test_mistakes_are_one_line(runner: Runner, overrides: list[str], named: tuple[str, ...]) -> None:
+    done = runner("--config-dir", str(runner.home / "own"), *overrides, f"hydra.run.dir={runner.home / 'mistake'}")
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert all(part in line for part in named), line
+
+
+def test_a_custom_merge_is_applied_to_each_module(shared_pool: Pool) -> None:
+    names = ["news", "stem"]
+    adapters = [AdapterDeltas.open(shared_pool.folder(name)) for name in names]
+    spec = CustomMerge("tests.halve", halve, {"share": 0.5})
+    mean = dict(merge_modules(adapters, names, MergeSpec("linear")))
+    found = dict(merge_modules(adapters, names, spec))
+    assert found.keys() == mean.keys() and all(torch.allclose(found[m], mean[m], atol=1e-7) for m in mean)
+    (alone, delta), *_ = merge_modules(adapters[:1], names[:1], spec)
+    assert torch.equal(delta, adapters[0][alone])
+    keys = {
+        model_key("base", adapters, names, s) for s in (spec, CustomMerge("tests.halve", halve), MergeSpec("linear"))
+    }
+    assert len(keys) == 3
+    assert model_key("base", adapters[::-1], names[::-1], spec) in keys
+
+
+@pytest.mark.parametrize(
+    ("section", "config", "named"),
+    [
+        ("merge", {"_target_": "nowhere.f"}, ("merge._target_=nowhere.f cannot be imported",)),
+        ("merge", {"_target_": "sam.merging.MERGE_VERSION"}, ("is no function",)),
+        ("merge", {"_target_": "tests.test_extend.halve", "part": 1}, ("tests.test_extend.halve", "part")),
+        ("selector", {"_target_": "sam.selection.nothing"}, ("selector._target_=sam.selection.nothing",)),
+        ("combine", {"_target_": "combine"}, ("combine._target_=combine cannot be imported",)),
+    ],
+)
+def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any], named: tuple[str, ...]) -> None:
+    read: dict[str, Any] = {"merge": merge_of, "selector": selector_from, "combine": rule_from}
+    with pytest.raises(SamError) as error:
+        read[section](config)
+    assert all(part in one_line(error) for part in named)
+
+
+def test_what_a_selector_returns_is_checked() -> None:
+    _, chooser = selector_from({"_target_": "tests.test_extend.none"})
+    assert chooser is not None
+    with pytest.raises(SamError, match="must map task models to lists of experts"):
+        chooser.choose(None)  # type: ignore[arg-type]
+
+
+def test_config_dirs_of_a_command_line(tmp_path: Path) -> None:
+    argv = ["-m", "--config-dir", str(tmp_path), "k=1", f"--config-dir={tmp_path / 'b'}", "-cd", "c"]
+    assert extend.config_dirs(argv) == [tmp_path, tmp_path / "b", Path("c").absolute()]
