@@ -64,7 +64,7 @@ ORDER = (
 FREE = ("merge.seed", "experts.path", "base.fold", "base.fingerprint")
 """Settings in which the jobs of a comparison may differ, beside whole groups."""
 ENOUGH = 0.25
-"""The least share of a model's answers that must have been decoded in a job for its seconds to say anything."""
+"""The least share of a model's completions that must be generated in a job for its seconds to count."""
 
 
 Run = tuple[str, int]
@@ -212,10 +212,10 @@ def _check_alike(first: Job, job: Job) -> None:
 
 
 def _seconds(jobs: Sequence[Job]) -> dict[tuple[str, str], float]:
-    """Of each model on each target, the seconds of merging it and of decoding all its answers.
+    """Of each model on each target, the seconds of merging it and of generating all its completions.
 
-    From the job that decoded most of them; absent where no job decoded enough to say. A model that several rankings of
-    a job chose has a part of its seconds under each.
+    From the job that generated most of them; absent where no job generated enough (:data:`ENOUGH`). A model that
+    several rankings of a job chose has a part of its seconds under each.
     """
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for job in jobs:

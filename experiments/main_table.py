@@ -82,8 +82,7 @@ def markdown(comparison: Comparison) -> str:
         f"Commit {', '.join(comparison.commits)}.",
         markdown_table(["system", *targets], first),
         "Means over the targets; silent: sentences with mentions in which nothing was found; seconds of merging and "
-        "decoding a target, all models of the system, where it was decoded (beside the answers of its siblings, which "
-        "make it cheaper); without those of the selection.",
+        "generating for a target, all models of the system, without those of the selection.",
         markdown_table(["system", *head], second),
         "Recall (%) of all pairs whose types have a name that the sources have too, and of the others.",
         markdown_table(["system", *_sizes(comparison)], [[_name(r), *_recalls(comparison, r)] for r in rows]),

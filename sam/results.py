@@ -19,7 +19,7 @@ import sam
 
 SCHEMA = 1
 SCORES_VERSION = 4
-"""Raise it with every change to how answers are read, ranked, combined or scored: no older result stands then."""
+"""Part of every result's hash: raise it with every change to how completions are read, ranked, combined or scored."""
 RESULT, PREDICTIONS, STATUS = "result.json", "predictions.jsonl", "status.json"
 PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers", "seqeval", "hydra-core")
 

@@ -232,7 +232,7 @@ def _convert(parts: list[Path], stage: Path) -> None:
 
 
 def settings_hash(path: Path) -> str:
-    """The hash of a model folder's tokenizer and config files: they change answers, though not the weights."""
+    """The hash of a model folder's tokenizer and config files: they change completions, though not the weights."""
     found = {f.name for pattern in SETTINGS for f in path.glob(pattern)}
     names = sorted(name for name in found if name != MANIFEST and not name.endswith(".index.json"))
     return sha256_of(*(path / name for name in names))

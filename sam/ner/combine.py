@@ -59,8 +59,7 @@ def combine(
     model speaks for its experts, so ``voices`` holds their number for each model, by default 1). The spans and counts
     are then made anew from the combined pairs: longest text first, and a text that two models give two types keeps both
     pairs while its span goes to the type of the model listed first.
-    ``unparsable`` means that all answers were, ``truncated`` that any was; the answer is empty, as there is no single
-    one.
+    ``unparsable`` means that all completions were, ``truncated`` that any was; ``answer`` is empty.
 
     Raises SamError on an unknown rule or no predictions.
     """

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from sam.ner.types import Sentence
 
 PROMPT_VERSION = "1"
-"""Goes into the key under which answers are kept: raise it with every change to what a model is shown."""
+"""Part of every completion's key: raise it with every change to what a model is shown."""
 
 
 def fold(text: str) -> str:

@@ -24,7 +24,7 @@ class Scores:
     ``gold``, ``predicted``, ``tp`` count (type, text) pairs, distinct in their sentence; ``precision``, ``recall``,
     ``f1`` are micro over them, fractions from 0 to 1, 0.0 where undefined. ``span_*`` are over aligned spans; there
     ``nested_gold`` gold mentions were left out because they overlap a longer one. ``per_type`` has the six pair figures
-    of each type, gold or predicted. ``unparsable`` and ``truncated`` count answers, ``not_in_sentence`` and
+    of each type, gold or predicted. ``unparsable`` and ``truncated`` count completions, ``not_in_sentence`` and
     ``not_asked`` predicted pairs.
     """
 
@@ -78,7 +78,7 @@ def score(sentences: Sequence[Sentence], predictions: Sequence[Prediction]) -> S
 
 
 def gold_pairs(sentence: Sentence) -> set[Pair]:
-    """The distinct gold pairs of ``sentence``, their texts as they are compared with those of answers."""
+    """The distinct gold pairs of ``sentence``, their texts as they are compared with predicted ones."""
     return {(entity_type, fold(text)) for entity_type, text in sentence.pairs}
 
 

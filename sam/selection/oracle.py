@@ -1,4 +1,4 @@
-"""The oracle: experts ranked by F1 on the target's gold labels. For analysis; not a method, it sees the answers."""
+"""The oracle: experts ranked by F1 on the target's gold labels. For analysis; not a method."""
 
 from __future__ import annotations
 
