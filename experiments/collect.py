@@ -246,6 +246,7 @@ def _done_job(path: Path) -> Job:
     config = _flatten(result["config"])
     # Equal names do not mean equal weights, and jobs of different base models must never be averaged.
     config |= {f"base.{key}": value for key, value in result.get("base", {}).items() if f"base.{key}" not in config}
+    config |= _flatten({"generator": result.get("generator", {})})  # what `auto` came to
     overrides = tuple(result.get("overrides", ()))
     commit = str(result.get("git_commit") or "unknown")
     return Job(path.parent, "done", overrides, config, result["targets"], commit, experts=result.get("experts"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,37 @@ def function_of(config: Mapping[str, Any], section: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def options_of(config: Mapping[str, Any], function: Callable[..., Any], section: str, given: int) -> dict[str, Any]:
-    """The section's options for ``function``, which takes ``given`` arguments beside them.
+def options_of(
+    config: Mapping[str, Any], function: Callable[..., Any], section: str, given: int, ours: Collection[str]
+) -> dict[str, Any]:
+    """The section's options for ``function``, which takes ``given`` arguments beside them, without the keys ``ours``.
 
     Raises SamError for an option that it does not take, or one that it needs.
     """
-    options = {str(key): value for key, value in config.items() if key not in (TARGET, "name", "rule")}
+    options = {str(key): value for key, value in config.items() if key not in (TARGET, *ours)}
     try:
         inspect.signature(function).bind(*[None] * given, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SamError(f"{section}: {config[TARGET]} does not take these options ({error})") from None
     return options
 
 
 def identity(target: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a function: its name, the hash of the source file that it is in, and its options."""
+    """What identifies a function: its name, the hash of the source file that it is in, and its options.
+
+    Raises SamError for what has no source file, as a change of it could not be noticed.
+    """
+    inner: Any = inspect.unwrap(function)  # of decorators, which lie in other files
+    while isinstance(inner, partial):
+        inner = inspect.unwrap(inner.func)
+    if not (inspect.isroutine(inner) or inspect.isclass(inner)):
+        inner = type(inner)
     try:
-        source = Path(inspect.getfile(function)).read_bytes()
+        source = Path(inspect.getfile(inner)).read_bytes()
     except (OSError, TypeError):
-        source = b""
+        raise SamError(
+            f"{target} has no source file by which a change of it is noticed; name a Python function"
+        ) from None
     return {"target": target, "source": hashlib.sha256(source).hexdigest()[:16], "options": dict(options)}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sam.data.targets import mini
 from sam.generation import Completion, Request
 from sam.ner import Mention, Sentence, prompts
+from sam.selection import Query
 
 Reply = Callable[[int, Sequence[str], str], str]
 """(a number that the loaded deltas decide, requested types, text) -> completion."""
@@ -77,3 +78,8 @@ def mixed(number: int, types: Sequence[str], text: str) -> str:
 def mixed_generator(spec: Any, device: str, max_new_tokens: int, **options: Any) -> FakeGenerator:
     """As ``generator._target_``."""
     return FakeGenerator(mixed, max_new_tokens)
+
+
+def gold_of(query: Query) -> dict[str, list[str]]:
+    """A selector that says in its model's name whether it sees gold mentions."""
+    return {"gold" if query.target.scored else "blind": list(query.names)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +14,16 @@ import torch
 from torch import Tensor
 
 from sam import extend
+from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.merging import AdapterDeltas, CustomMerge, MergeSpec, merge_modules, model_key
 from sam.models.base import BaseSpec
 from sam.results import RESULT
 from sam.runs.plan import merge_of, rule_from, selector_from
+from sam.selection import Query
 from tests.test_cli import Runner, errors, make_runner
-from tests.tiny import one_line
+from tests.tiny import HashEncoder, one_line
 
 MINE = """
 def halve(deltas, share=0.5):
@@ -141,11 +145,44 @@ def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any],
     assert all(part in one_line(error) for part in named)
 
 
-def test_what_a_selector_returns_is_checked() -> None:
+def test_what_a_selector_returns_is_checked(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
+    query = Query(mini("movie"), shared_pool, shared_pool.names, hash_encoder, none, 3, 1, 0)
     _, chooser = selector_from({"_target_": "tests.test_extend.none"})
     assert chooser is not None
     with pytest.raises(SamError, match="must map task models to lists of experts"):
-        chooser.choose(None)  # type: ignore[arg-type]
+        chooser.choose(query)
+
+
+class Called:
+    """An object that is called as a function."""
+
+    def __call__(self, deltas: Sequence[Tensor]) -> Tensor:
+        return deltas[0]
+
+
+decorated, partially, called = torch.no_grad()(halve), functools.partial(halve, share=1.0), Called()
+
+
+@pytest.mark.parametrize("function", [halve, decorated, partially, called, Called])
+def test_a_function_is_identified_by_its_own_file(function: Any) -> None:
+    found = extend.identity("mine", function, {"a": 1})
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    assert found == {"target": "mine", "source": source, "options": {"a": 1}}
+
+
+def test_what_has_no_source_is_refused() -> None:
+    with pytest.raises(SamError, match="mine has no source file"):
+        extend.identity("mine", len, {})
+
+
+def test_a_selector_sees_gold_only_if_it_says_so(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
+    target = mini("movie")
+    query = Query(target, shared_pool, shared_pool.names, hash_encoder, none, 3, 1, 0)
+    for flags, seen in (({}, False), ({"uses_gold": True}, True)):
+        name, chooser = selector_from({"_target_": "tests.fakes.gold_of", "name": "mine", **flags})
+        assert chooser is not None and chooser.uses_gold is seen and not chooser.uses_k
+        assert set(chooser.choose(query)) == {"gold" if seen else "blind"}
+        assert name.startswith("tests.fakes.gold_of ")
 
 
 def test_config_dirs_of_a_command_line(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def load_targets(config: Mapping[str, Any], limit: int | None = None, limit_seed
         raise SamError("target.path and target.unlabelled are for target=files; choose it or remove them")
     raw = [_load(name, part, config) for name, part in config["sets"].items()]
     wanted = _wanted(config, sorted({t for target in raw for t in target.types}))
-    return [_restrict(_limited(target, limit, limit_seed), wanted, bool(config["keep_misc"])) for target in raw]
+    return [_limited(_restrict(target, wanted, bool(config["keep_misc"])), limit, limit_seed) for target in raw]
 
 
 def _limited(target: Target, limit: int | None, seed: int | None) -> Target:
@@ -173,6 +173,8 @@ def _restrict(target: Target, wanted: set[str] | None, keep_misc: bool) -> Targe
     sentences = tuple(_of_types(s, asked) for s in target.sentences if s.types is None or asked & set(s.types))
     own_types = {text: tuple(t for t in own if t in asked) for text, own in target.own_types.items()}
     unlabelled = tuple(text for text in target.unlabelled if own_types.get(text) != ())
+    if not sentences:
+        raise SamError(f"target {target.name} has no sentence that is annotated with {', '.join(types)}")
     return replace(target, types=tuple(types), sentences=sentences, unlabelled=unlabelled, own_types=own_types)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sam.errors import SamError, one_line
 from sam.generation.api import Completion, Generator, Request
 from sam.generation.cache import CompletionCache
-from sam.models.base import BaseSpec, folder
+from sam.models.base import BaseSpec, config_of
 from sam.options import options
 
-__all__ = ["Completion", "CompletionCache", "DecodeSpec", "Generator", "Request", "auto", "build"]
+__all__ = ["Auto", "Completion", "CompletionCache", "DecodeSpec", "Generator", "Request", "build"]
 
 log = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def build(config: Mapping[str, Any], spec: BaseSpec, device: str, max_new_tokens
 
     given = {str(k): v for k, v in config.items() if k != "_target_"}
     if "_target_" not in config:
-        raise SamError("generator._target_ is missing; it names what makes the generator, such as sam.generation.auto")
+        raise SamError("generator._target_ is missing; it names what makes the generator, such as sam.generation.Auto")
     size = given.get("batch_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise SamError(f"generator.batch_size={size} must be a whole number, at least 1")
@@ -60,21 +63,48 @@ def build(config: Mapping[str, Any], spec: BaseSpec, device: str, max_new_tokens
         raise SamError(f"generator: {one_line(error)}") from None
 
 
-def auto(spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> Generator:
-    """OpenVINO on a CPU where it is installed and takes the base model, else transformers."""
-    from sam.generation.transformers import TransformersGenerator
+class Auto:
+    """OpenVINO on a CPU where it is installed and takes the base model, else transformers: chosen when the base model's
+    config is first needed, which may have to be converted or downloaded."""
 
-    if torch.device(device).type == "cpu" and importlib.util.find_spec("openvino_genai"):
-        from transformers import AutoConfig
+    def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
+        if precision not in PRECISIONS:
+            raise SamError(f"generator.precision={precision} is unknown; allowed: {', '.join(PRECISIONS)}")
+        self.spec, self.device, self.max_new_tokens = spec, device, max_new_tokens
+        self.batch_size, self.precision = batch_size, precision
 
-        from sam.generation import openvino_ir
-        from sam.generation.openvino import OpenVINOGenerator
+    @cached_property
+    def chosen(self) -> Generator:
+        """The generator that does the work."""
+        from sam.generation.transformers import TransformersGenerator
 
-        why = openvino_ir.unsupported(AutoConfig.from_pretrained(folder(spec), trust_remote_code=False))
-        if why is None:
-            return OpenVINOGenerator(spec, device, max_new_tokens, batch_size, precision)
-        _report(f"base={spec.name}: {why}; generating with transformers, which is slower")
-    return TransformersGenerator(spec, device, max_new_tokens, batch_size, precision)
+        given = (self.spec, self.device, self.max_new_tokens, self.batch_size, self.precision)
+        if torch.device(self.device).type == "cpu" and importlib.util.find_spec("openvino_genai"):
+            from sam.generation import openvino_ir
+            from sam.generation.openvino import OpenVINOGenerator
+
+            why = openvino_ir.unsupported(config_of(self.spec))
+            if why is None:
+                return OpenVINOGenerator(*given)
+            _report(f"base={self.spec.name}: {why}; generating with transformers, which is slower")
+        return TransformersGenerator(*given)
+
+    def key(self) -> dict[str, Any]:
+        """See :class:`~sam.generation.api.Generator`."""
+        return self.chosen.key()
+
+    def load(self, deltas: Iterable[tuple[str, Tensor]]) -> None:
+        """See :class:`~sam.generation.api.Generator`."""
+        self.chosen.load(deltas)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """See :class:`~sam.generation.api.Generator`."""
+        return self.chosen.generate(requests)
+
+    def close(self) -> None:
+        """See :class:`~sam.generation.api.Generator`."""
+        if "chosen" in vars(self):
+            self.chosen.close()
 
 
 @lru_cache

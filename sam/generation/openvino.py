@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from sam.errors import SamError
 from sam.generation import openvino_ir
 from sam.generation.api import Completion, Request, completion, encode
 from sam.merging import AdapterDeltas
-from sam.models.base import BaseSpec, folder, multiplies_bf16, stop_ids, threads
+from sam.models.base import BaseSpec, config_of, folder, multiplies_bf16, stop_ids, threads
 
-Run = Generator[tuple[int, list[int], list[float]], None, None]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 BLOCK = 32
 """Tokens of a block of keys and values on a CPU. Of a block that is not full, GenAI 2026.4 reuses wrong values."""
@@ -35,7 +33,8 @@ TOKENS = 1024
 class OpenVINOGenerator:
     """The IR of the base model with the weights of one merged model at a time.
 
-    The merged weights file is anonymous memory (``memfd``), which the system frees however the process ends.
+    The merged weights file is anonymous memory (``memfd``), which the system frees however the process ends; a process
+    that is killed leaves a temporary folder of links.
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class OpenVINOGenerator:
         return {
             "generator": "openvino",
             "precision": self.precision,
+            "weights": self.spec.dtype,
             **batch,
             "max_new_tokens": self.max_new_tokens,
             "ir": openvino_ir.IR_VERSION,
@@ -73,7 +73,7 @@ class OpenVINOGenerator:
         self._pipeline = None  # before its weights are overwritten
         if self._merged is None:
             self._tokenizer, self._stop_ids = _tokenizer(self.spec)
-            config = AutoConfig.from_pretrained(folder(self.spec), trust_remote_code=False).get_text_config()
+            config = config_of(self.spec).get_text_config()
             self._window = openvino_ir.sliding_window(config)
             self._merged = _Merged(self.spec, tied=bool(config.tie_word_embeddings))
         try:
@@ -97,9 +97,8 @@ class OpenVINOGenerator:
         self._check_lengths(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the last to end are short
         asked = [(prompts[i], self._config(requests[i].grammar, self.max_new_tokens)) for i in order]
-        with contextlib.closing(self._run(asked)) as running:
-            for number, ids, logprobs in running:
-                yield order[number], completion(self._tokenizer, ids, logprobs, self._stop_ids)
+        for number, ids, logprobs in self._run(asked):
+            yield order[number], completion(self._tokenizer, ids, logprobs, self._stop_ids)
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
         """GenAI attends to all that came before: the same only within a sliding window."""
@@ -151,7 +150,7 @@ class OpenVINOGenerator:
             config.structured_output_config = openvino_genai.StructuredOutputConfig(grammar=grammar)
         return config
 
-    def _run(self, asked: Sequence[tuple[list[int], Any]]) -> Run:
+    def _run(self, asked: Sequence[tuple[list[int], Any]]) -> Iterator[tuple[int, list[int], list[float]]]:
         """(index, token ids, their log-probabilities) of each (prompt, config) as it is done."""
         import openvino
         from openvino_genai.py_openvino_genai import GenerationStatus
@@ -193,23 +192,24 @@ class _Merged:
         self._base = np.memmap(source / openvino_ir.WEIGHTS, dtype=np.uint8, mode="c")
         self._fold = None if spec.fold is None else AdapterDeltas.open(Path(spec.fold).expanduser())
         self._changed: set[str] = set()
+        self._places = Counter(weight.offset for weight in self._weights.values())
         self._shared = {"model.embed_tokens", "lm_head"} if tied else set()
         descriptor = os.memfd_create("sam-weights")
+        self.folder = Path(tempfile.mkdtemp(prefix="sam-openvino-"))
+        self.close = weakref.finalize(self, _free, descriptor, self.folder)  # at the end of the process at the latest
         try:
             os.ftruncate(descriptor, len(self._base))
             self._data = mmap.mmap(descriptor, len(self._base))
-            self.folder = Path(tempfile.mkdtemp(prefix="sam-openvino-"))
-            self._descriptor = descriptor
+            np.frombuffer(self._data, dtype=np.uint8)[:] = self._base
+            for file in source.iterdir():
+                if file.name != openvino_ir.WEIGHTS:
+                    (self.folder / file.name).symlink_to(file)
+            (self.folder / openvino_ir.WEIGHTS).symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+            for name in self._fold or ():
+                self._set(name, None)
         except BaseException:
-            os.close(descriptor)
+            self.close()
             raise
-        np.frombuffer(self._data, dtype=np.uint8)[:] = self._base
-        for file in source.iterdir():
-            if file.name != openvino_ir.WEIGHTS:
-                (self.folder / file.name).symlink_to(file)
-        (self.folder / openvino_ir.WEIGHTS).symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-        for name in self._fold or ():
-            self._set(name, None)
 
     def write(self, deltas: Iterable[tuple[str, Tensor]]) -> None:
         """Make the weights those of the base model plus ``deltas``."""
@@ -233,6 +233,11 @@ class _Merged:
             )
         if weight is None:
             raise SamError(f"the base model has no module {name!r}; the expert was trained on another base model")
+        if self._places[weight.offset] > 1:
+            raise SamError(
+                f"module {name!r} has the same weight as another one of the base model, which OpenVINO keeps once; use "
+                "generator=transformers"
+            )
         merged = weight.view(self._base).float()
         for part in (self._fold[name] if self._fold is not None and name in self._fold else None, delta):
             if part is not None:
@@ -244,12 +249,11 @@ class _Merged:
                 merged = (merged + part).to(weight.dtype).float()
         weight.view(np.frombuffer(self._data, dtype=np.uint8)).copy_(merged)
 
-    def close(self) -> None:
-        """Free the memory and delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._descriptor)
-        with contextlib.suppress(BufferError):  # freed with the last view of it
-            self._data.close()
+
+def _free(descriptor: int, folder: Path) -> None:
+    """Give up the weights' memory (freed with the last view of it) and delete the folder."""
+    os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tokenizer(spec: BaseSpec) -> tuple[Any, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from sam.errors import SamError
 from sam.generation.api import Completion, Request, completion, encode
@@ -39,6 +40,7 @@ class TransformersGenerator:
         return {
             "generator": "transformers",
             "dtype": self.dtype,
+            "weights": self.spec.dtype,
             "device": torch.device(self.device).type,
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
@@ -51,6 +53,8 @@ class TransformersGenerator:
         if self._base is None:
             self._base = load(self.spec, self.device)
             self._base.model.to(getattr(torch, self.dtype))
+            # Not the model's own, which may hold penalties and the like; its stop tokens are read already.
+            self._base.model.generation_config = GenerationConfig()
             self._weights = MergedWeights(self._base.model)
         return self._base
 

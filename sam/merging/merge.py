@@ -90,7 +90,9 @@ def _dispatch(adapters: list[AdapterDeltas], names: list[str], spec: Merge) -> I
     given["aggregate"] = spec.aggregate
     if spec.name == "dare_ties":
         return streams.dare_ties_stream(adapters, seed=spec.seed or 0, names=names, **given)
-    return streams.ties_stream(adapters, trim_scope=str(spec.trim_scope), **given)
+    if spec.name == "ties":
+        return streams.ties_stream(adapters, trim_scope=str(spec.trim_scope), **given)
+    raise NotImplementedError(f"merge={spec.name} has options in USES and no stream here")
 
 
 def _check_names(adapters: Sequence[AdapterDeltas], names: Sequence[str]) -> None:

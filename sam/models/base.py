@@ -347,6 +347,19 @@ def _cpuinfo() -> str:
     return found.read_text() if found.is_file() else ""
 
 
+def config_of(spec: BaseSpec) -> Any:
+    """The model's config, as transformers reads it. Raises SamError where it cannot."""
+    from transformers import AutoConfig
+
+    path = folder(spec)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SamError(
+            f"base={spec.name}: {path} has no config that transformers reads ({_first_line(error)})"
+        ) from None
+
+
 def load(spec: BaseSpec, device: str = "auto") -> Base:
     """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
 

@@ -27,7 +27,8 @@ from sam.selection import Selector, custom
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked config: everything that a run needs. ``experts``: the hash of each one's weights that it may use."""
+    """A checked config: everything that a run needs. ``experts``: the hash of each one's weights that it may use;
+    ``settings``: the generator's section of the config."""
 
     base: BaseSpec
     encoder: EncoderSpec
@@ -37,6 +38,7 @@ class Plan:
     generator: Generator
     targets: list[Target]
     experts: dict[str, str]
+    settings: str
 
     @property
     def uses_encoder(self) -> bool:
@@ -86,6 +88,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
         generator=build(config["generator"], base, device, decode.max_new_tokens),
         targets=targets,
         experts={name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used},
+        settings=json.dumps(config["generator"], sort_keys=True),
     )
 
 
@@ -132,7 +135,7 @@ def merge_of(config: Mapping[str, Any]) -> Merge:
     if extend.TARGET not in config:
         return options(MergeSpec, config, "merge")
     function = extend.function_of(config, "merge")
-    return CustomMerge(str(config[extend.TARGET]), function, extend.options_of(config, function, "merge", 1))
+    return CustomMerge(str(config[extend.TARGET]), function, extend.options_of(config, function, "merge", 1, ["name"]))
 
 
 def selector_from(config: Mapping[str, Any]) -> tuple[str, Selector | None]:
@@ -140,8 +143,9 @@ def selector_from(config: Mapping[str, Any]) -> tuple[str, Selector | None]:
     if extend.TARGET not in config:
         return config["name"], None
     function, target = extend.function_of(config, "selector"), str(config[extend.TARGET])
-    given = extend.options_of(config, function, "selector", 1)
-    return _named(target, function, given), custom(target, function, given)
+    flags = {key: bool(config.get(key, False)) for key in ("uses_k", "uses_gold")}
+    given = extend.options_of(config, function, "selector", 1, ["name", *flags])
+    return _named(target, function, {**given, **flags}), custom(target, function, given, **flags)
 
 
 def rule_from(config: Mapping[str, Any]) -> tuple[str, Rule | None]:
@@ -149,7 +153,7 @@ def rule_from(config: Mapping[str, Any]) -> tuple[str, Rule | None]:
     if extend.TARGET not in config:
         return config["rule"], None
     function, target = extend.function_of(config, "combine"), str(config[extend.TARGET])
-    given = extend.options_of(config, function, "combine", 2)
+    given = extend.options_of(config, function, "combine", 2, ["rule"])
     return _named(target, function, given), partial(function, **given)
 
 

@@ -48,7 +48,7 @@ class Models:
         from sam.engine import Engine
         from sam.generation import CompletionCache
 
-        of = (base, planned.base, planned.experts, planned.pool.path, planned.decode, str(planned.generator.key()))
+        of = (base, planned.base, planned.experts, planned.pool.path, planned.decode, planned.settings)
         cache = CompletionCache(None if fresh else cache_dir() / "completions")
         if self._engine is None or self._of != of:
             self.close()  # before the next one takes its memory

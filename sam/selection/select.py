@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sam.data.targets import Target
@@ -162,11 +162,16 @@ def check(
             pool.folder(expert)
 
 
-def custom(target: str, function: Callable[..., object], options: Mapping[str, object]) -> Selector:
+def custom(
+    target: str, function: Callable[..., object], options: Mapping[str, object], uses_k: bool, uses_gold: bool
+) -> Selector:
     """A selector by a function that is not ours: of the query and of ``options``, it returns task model name -> the
-    names of the experts to merge for it."""
+    names of the experts to merge for it. Unless it ``uses_gold``, the query's target has no mentions."""
 
     def choose(query: Query) -> dict[str, Selection]:
+        if not uses_gold and query.target.scored:
+            blind = tuple(replace(s, mentions=None) for s in query.target.sentences)
+            query = replace(query, target=replace(query.target, sentences=blind))
         chosen = function(query, **options)
         if not isinstance(chosen, Mapping) or not chosen:
             raise SamError(f"selector: {target} returned {chosen!r}; it must map task models to lists of experts")
@@ -177,4 +182,4 @@ def custom(target: str, function: Callable[..., object], options: Mapping[str, o
                 )
         return {str(model): Selection(target, tuple(experts), {}) for model, experts in chosen.items()}
 
-    return Selector(choose)
+    return Selector(choose, uses_k=uses_k, uses_gold=uses_gold)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.generation import Generator, auto, build
+from sam.generation import Auto, Generator, build
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
@@ -113,6 +116,49 @@ def test_stop_tokens_end_a_completion(make: Make, tiny_base: Path, tmp_path: Pat
     assert not all(c.truncated for c in found)
 
 
+def test_penalties_of_the_model_are_not_applied(make: Make, tiny: Base, tmp_path: Path) -> None:
+    spec = BaseSpec("tiny", "local", location=str(write_base(tmp_path)))
+    config = load(spec, "cpu").model.generation_config
+    config.repetition_penalty = 5.0
+    config.save_pretrained(str(tmp_path))
+    assert load(spec, "cpu").model.generation_config.repetition_penalty == 5.0
+    asked = requests()
+    assert [c.text for c in completions(make(spec), asked)] == [oracle(tiny, r)[0] for r in asked]
+
+
+def test_openvino_leaves_nothing_behind(tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    generator = OpenVINOGenerator(tiny_spec, "cpu", 8, precision="fp32")
+    generator.load(())
+    assert len(list(tmp_path.iterdir())) == 1
+    generator.close()
+    assert list(tmp_path.iterdir()) == []
+    generator.load(())
+    del generator
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    other = dataclasses.replace(tiny_spec, fold=str(tmp_path / "fold"))
+    write_adapter(
+        tmp_path / "fold",
+        load(BaseSpec("x", "local", location=str(write_model(tmp_path / "x", "qwen2"))), "cpu").model,
+        1,
+    )
+    with pytest.raises(SamError):
+        OpenVINOGenerator(other, "cpu", 8, precision="fp32").load(())
+    assert not list(tmp_path.glob("sam-openvino-*"))
+
+
+def test_openvino_refuses_deltas_of_weights_that_it_keeps_once(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base")
+    base = load(BaseSpec("tiny", "local", location=str(folder)), "cpu")
+    first, second = (base.model.model.layers[n].mlp.up_proj.weight.data for n in (0, 1))
+    second.copy_(first)
+    base.model.save_pretrained(str(folder))
+    generator = OpenVINOGenerator(BaseSpec("tiny", "local", location=str(folder)), "cpu", 8, precision="fp32")
+    with pytest.raises(SamError, match="has the same weight as another one"):
+        generator.load(deltas(UP))
+
+
 def test_nothing_to_ask_is_no_error(make: Make) -> None:
     assert completions(make(), []) == []
 
@@ -188,8 +234,8 @@ def test_openvino_takes_other_architectures(tmp_path: Path, kind: str) -> None:
     base, asked = load(spec, "cpu"), requests()
     names = ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
     change = [(n, 0.2 * torch.randn(base.model.get_submodule(n).weight.shape)) for n in names]
-    generator = auto(spec, "cpu", LIMIT, 4, "fp32")
-    assert isinstance(generator, OpenVINOGenerator)
+    generator = Auto(spec, "cpu", LIMIT, 4, "fp32")
+    assert isinstance(generator.chosen, OpenVINOGenerator)
     for given in (change, []):
         with merged(base.model, copy.deepcopy(given)):
             by_hand = [oracle(base, r)[0] for r in asked]
@@ -215,8 +261,8 @@ def test_openvino_leaves_other_models_to_transformers(
 
     GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(str(tmp_path))
     with caplog.at_level("INFO"):
-        found = auto(BaseSpec("other", "local", location=str(tmp_path)), "cpu", 8, 4, "auto")
-    assert isinstance(found, TransformersGenerator)
+        found = Auto(BaseSpec("other", "local", location=str(tmp_path)), "cpu", 8, 4, "auto")
+        assert isinstance(found.chosen, TransformersGenerator)
     assert [m for m in caplog.messages if "gpt2" in m and "transformers" in m]
 
 
@@ -230,6 +276,10 @@ def test_keys_hold_what_can_change_a_completion(tiny_spec: BaseSpec) -> None:
         TransformersGenerator(tiny_spec, "cpu", 8, precision="bf16").key(),
         TransformersGenerator(tiny_spec, "cpu", 8, 4, precision="fp32").key(),
         TransformersGenerator(tiny_spec, "cuda", 8, precision="fp32").key(),
+        *(
+            kind(dataclasses.replace(tiny_spec, dtype="bfloat16"), "cpu", 8, precision="fp32").key()
+            for kind in (OpenVINOGenerator, TransformersGenerator)
+        ),
     ]
     assert len({str(key) for key in keys}) == len(keys)
     # In fp32 paged attention sums up in the same order whatever the batch.
