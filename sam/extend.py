@@ -1,4 +1,4 @@
-"""A user's own selector, merge method or combine rule in place of a built-in one: named by ``_target_`` in a config.
+"""Code named by ``_target_`` in a config: a user's own selector, merge method, combine rule or generator.
 
 ``python run.py --config-dir FOLDER merge=mine`` reads ``FOLDER/merge/mine.yaml``; modules in FOLDER can be imported.
 """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sam.errors import SamError, one_line
+from sam.extend import TARGET, function_of
 from sam.generation.api import Completion, Generator, Request
 from sam.generation.cache import CompletionCache
 from sam.models.base import BaseSpec, config_of
@@ -45,18 +46,13 @@ class DecodeSpec:
 def build(config: Mapping[str, Any], spec: BaseSpec, device: str, max_new_tokens: int) -> Generator:
     """The generator of a ``conf/generator`` file: ``_target_`` is called with ``spec``, ``device``,
     ``max_new_tokens`` and the file's other options."""
-    from hydra.utils import get_method
-
-    given = {str(k): v for k, v in config.items() if k != "_target_"}
-    if "_target_" not in config:
+    given = {str(k): v for k, v in config.items() if k != TARGET}
+    if TARGET not in config:
         raise SamError("generator._target_ is missing; it names what makes the generator, such as sam.generation.Auto")
     size = given.get("batch_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise SamError(f"generator.batch_size={size} must be a whole number, at least 1")
-    try:
-        make = get_method(str(config["_target_"]))
-    except Exception as error:
-        raise SamError(f"generator._target_={config['_target_']} cannot be imported ({one_line(error)})") from None
+    make = function_of(config, "generator")
     try:
         return make(spec=spec, device=device, max_new_tokens=max_new_tokens, **given)  # type: ignore[no-any-return]
     except TypeError as error:

@@ -141,7 +141,9 @@ def _span_scores(sentences: Sequence[Sentence], predictions: Sequence[Prediction
     for sentence, prediction in zip(sentences, predictions, strict=True):
         gold, predicted = flatten(sentence.mentions or ()), flatten(prediction.mentions)
         if len(predicted) < len(set(prediction.mentions)):
-            raise SamError(f"predicted spans of sentence {sentence.id!r} overlap: make them with sam.ner.prompts.align")
+            raise SamError(
+                f"predicted spans of sentence {sentence.id!r} overlap: make them with sam.ner.alignment.align"
+            )
         nested += len(set(sentence.mentions or ())) - len(gold)
         borders = _borders(gold + predicted)
         gold_tags.append(_bio(gold, borders, numbers))
