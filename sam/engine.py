@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Generator, Request
-from sam.merging import AdapterDeltas, Merge, MergeSpec, merge_modules, model_key
+from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
 from sam.models.base import Identity
 from sam.ner import Prediction, grammar, parsing, prompts
 
-SINGLE = MergeSpec("linear")
+SINGLE = Merge(linear)
 """The merge of a single expert: it gives that expert untouched, as every merge of one does."""
 
 Asked = tuple[tuple[str, ...], str]

@@ -22,6 +22,8 @@ def function_of(config: Mapping[str, Any], section: str) -> Callable[..., Any]:
     """What the ``_target_`` of a config section names. Raises SamError where it cannot be imported or called."""
     from hydra.utils import get_object
 
+    if TARGET not in config:
+        raise SamError(f"{section}.{TARGET} is missing; it names a function, such as sam.merging.ties")
     target = str(config[TARGET])
     try:
         found = get_object(target)

@@ -137,12 +137,33 @@ def check_overrides(argv: Sequence[str]) -> None:
         _check_known(group, "", keys(""))
         if key and group in groups() and group != "experiment":
             _check_known(key.split(".")[0], f"{group}.", keys(group))
+        if key and group == "merge":
+            _check_option(key.split(".")[0], argv)
         if argument.startswith("~") and not name.startswith("target.sets."):
             raise SamError(f"{argument}: every run needs {name}; give it another value")
         if name in groups():
             for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
                 if re.fullmatch(r"[\w-]+", choice):
                     _check_known(choice, f"{name}=", groups()[name])
+
+
+def _check_option(key: str, argv: Sequence[str]) -> None:
+    """Refuse an option of ``merge`` that one of the chosen methods does not have."""
+    for method in _chosen("merge", argv):
+        options = sorted({str(k) for file in _files("merge") if file.stem == method for k in OmegaConf.load(file)})
+        if options and key not in options:
+            shown = [option for option in options if option not in ("name", TARGET)]
+            raise SamError(f"merge.{key}: merge={method} does not use it; its options: {', '.join(shown)}")
+
+
+def _chosen(group: str, argv: Sequence[str]) -> list[str]:
+    """The options of ``group`` that a command line chooses: its own, else an experiment's, else the default."""
+    experiments = [a.partition("=")[2] for a in argv if a.lstrip("+").startswith("experiment=")]
+    files = [file for name in experiments for file in _files("experiment") if file.stem == name]
+    swept = [OmegaConf.select(OmegaConf.load(file), f"hydra.sweeper.params.{group}") for file in files]
+    default = [d[group] for d in OmegaConf.load(conf_dir() / "config.yaml").defaults if group in d]
+    given = [a.partition("=")[2] for a in argv if a.startswith(f"{group}=")] or [s for s in swept if s] or default
+    return [name.strip() for choice in given for name in str(choice).split(",")]
 
 
 def _check_known(name: str, before: str, allowed: Sequence[str]) -> None:

@@ -56,8 +56,8 @@ class Method:
 
     def check(self, pool: Pool) -> None:
         """Raises SamError for what cannot be run, before anything is loaded."""
-        self.merge.validate()
-        check_seed(self.seed, "seed")
+        self.merge.check()
+        check_seed(self.seed)
         check_rule(self.custom_rule or self.rule)
         check(self.selector, self.chooser, self.k, self.sample_size, self.names, pool, self.experts)
 

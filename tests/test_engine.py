@@ -16,7 +16,7 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Request
 from sam.generation.transformers import TransformersGenerator
-from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+from sam.merging import AdapterDeltas, Merge, dare, linear, merge_modules, merged, ties
 from sam.models.base import Base, BaseSpec, Identity
 from sam.ner import Prediction, parsing, prompts
 from tests.fakes import FakeGenerator, numbered
@@ -24,9 +24,9 @@ from tests.generation.models import oracle
 
 TYPES = ("person", "place")
 TEXTS = ["Ada went to Bath.", "Alan Turing worked at Bletchley Park near London", "rain", "A court in Strasbourg."]
-TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
-DARE = MergeSpec("dare", density=0.5, seed=0)
-LINEAR = MergeSpec("linear")
+TIES = Merge(ties, {"density": 0.2, "trim_scope": "global"})
+DARE = Merge(dare, {"density": 0.5, "seed": 0})
+LINEAR = Merge(linear)
 BASE = Identity("fingerprint", "settings")
 
 MakeEngine = Callable[..., Engine]
@@ -67,9 +67,7 @@ def fake(engine: Engine) -> FakeGenerator:
 
 
 @pytest.mark.parametrize("merge", [TIES, DARE, LINEAR], ids=lambda m: m.name)
-def test_predictions_are_those_of_the_merge_by_hand(
-    tiny: Base, tiny_spec: BaseSpec, pool: Pool, merge: MergeSpec
-) -> None:
+def test_predictions_are_those_of_the_merge_by_hand(tiny: Base, tiny_spec: BaseSpec, pool: Pool, merge: Merge) -> None:
     names = ["news", "stem", "social"]
     adapters = [AdapterDeltas.open(pool.folder(name)) for name in names]
     with merged(tiny.model, merge_modules(adapters, names, merge)):
@@ -81,7 +79,7 @@ def test_predictions_are_those_of_the_merge_by_hand(
 
 def test_models_differ(engine: MakeEngine) -> None:
     one = engine()
-    models: list[tuple[list[str], MergeSpec]] = [
+    models: list[tuple[list[str], Merge]] = [
         (["news"], SINGLE),
         (["stem"], SINGLE),
         (["news", "stem"], LINEAR),
@@ -131,9 +129,9 @@ def test_only_missing_completions_are_generated(engine: MakeEngine, cache: Compl
         {"experts": ["news", "social"]},
         {"experts": ["news", "stem", "social"]},
         {"merge": LINEAR},
-        {"merge": MergeSpec("dare", density=0.5, seed=1)},
-        {"merge": MergeSpec("dare", density=0.6, seed=0)},
-        {"merge": MergeSpec("dare", density=0.5, seed=0, lam=0.5)},
+        {"merge": Merge(dare, {"density": 0.5, "seed": 1})},
+        {"merge": Merge(dare, {"density": 0.6, "seed": 0})},
+        {"merge": Merge(dare, {"density": 0.5, "seed": 0, "lam": 0.5})},
         {"types": ("place", "person")},
         {"types": ("person",)},
         {"max_new_tokens": 9},
@@ -146,7 +144,7 @@ def test_a_completion_is_not_reused_where_something_can_change_it(
 ) -> None:
     usual: dict[str, Any] = {"experts": ["news", "stem"], "merge": DARE, "types": TYPES}
 
-    def ask(experts: list[str], merge: MergeSpec, types: tuple[str, ...], **options: Any) -> dict[str, int]:
+    def ask(experts: list[str], merge: Merge, types: tuple[str, ...], **options: Any) -> dict[str, int]:
         one = engine(cache, **options)
         one.predict(experts, merge, asked(types))
         return counts(one)
@@ -179,7 +177,7 @@ def test_a_completion_is_not_reused_for_another_prompt(
 def test_what_cannot_change_a_completion_does_not_hinder_reuse(engine: MakeEngine, cache: CompletionCache) -> None:
     engine(cache).predict(["news"], SINGLE, asked())
     again = engine(cache)
-    again.predict(["news"], MergeSpec("ties", density=0.9, trim_scope="tensor", sign="count", aggregate="sum"), asked())
+    again.predict(["news"], Merge(ties, {"density": 0.9, "sign": "count", "aggregate": "sum"}), asked())
     assert counts(again) == {"generated": 0, "reused": 4}
 
 

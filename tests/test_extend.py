@@ -17,10 +17,10 @@ from sam import extend
 from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.merging import AdapterDeltas, CustomMerge, MergeSpec, merge_modules, model_key
+from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
 from sam.models.base import BaseSpec
 from sam.results import RESULT
-from sam.runs.plan import merge_of, rule_from, selector_from
+from sam.runs.plan import rule_from, selector_from
 from sam.selection import Query
 from tests.test_cli import Runner, errors, make_runner
 from tests.tiny import HashEncoder, one_line
@@ -115,15 +115,13 @@ def test_mistakes_are_one_line(runner: Runner, overrides: list[str], named: tupl
 def test_a_custom_merge_is_applied_to_each_module(shared_pool: Pool) -> None:
     names = ["news", "stem"]
     adapters = [AdapterDeltas.open(shared_pool.folder(name)) for name in names]
-    spec = CustomMerge("tests.halve", halve, {"share": 0.5})
-    mean = dict(merge_modules(adapters, names, MergeSpec("linear")))
+    spec = Merge(halve, {"share": 0.5}, "tests.halve")
+    mean = dict(merge_modules(adapters, names, Merge(linear)))
     found = dict(merge_modules(adapters, names, spec))
     assert found.keys() == mean.keys() and all(torch.allclose(found[m], mean[m], atol=1e-7) for m in mean)
     (alone, delta), *_ = merge_modules(adapters[:1], names[:1], spec)
     assert torch.equal(delta, adapters[0][alone])
-    keys = {
-        model_key("base", adapters, names, s) for s in (spec, CustomMerge("tests.halve", halve), MergeSpec("linear"))
-    }
+    keys = {model_key("base", adapters, names, s) for s in (spec, Merge(halve, {}, "tests.halve"), Merge(linear))}
     assert len(keys) == 3
     assert model_key("base", adapters[::-1], names[::-1], spec) in keys
 
@@ -139,7 +137,7 @@ def test_a_custom_merge_is_applied_to_each_module(shared_pool: Pool) -> None:
     ],
 )
 def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any], named: tuple[str, ...]) -> None:
-    read: dict[str, Any] = {"merge": merge_of, "selector": selector_from, "combine": rule_from}
+    read: dict[str, Any] = {"merge": Merge.from_config, "selector": selector_from, "combine": rule_from}
     with pytest.raises(SamError) as error:
         read[section](config)
     assert all(part in one_line(error) for part in named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import shutil
 import sys
@@ -75,14 +76,29 @@ def test_every_option_composes_with_the_defaults() -> None:
 
 
 @pytest.mark.usefixtures("conf")
-def test_all_merges_share_their_keys_and_are_valid() -> None:
-    from sam.merging import USES, MergeSpec
+@pytest.mark.parametrize("name", GROUPS["merge"])
+def test_every_merge_file_is_valid_and_gives_every_option(name: str) -> None:
+    from sam.merging import Merge
 
-    found = {name: launch.plain(compose("config", [f"merge={name}"]))["merge"] for name in GROUPS["merge"]}
-    assert set(found) == set(USES)
-    assert len({tuple(sorted(options)) for options in found.values()}) == 1
-    for options in found.values():
-        MergeSpec(**options).validate()
+    config = launch.plain(compose("config", [f"merge={name}"]))["merge"]
+    merge = Merge.from_config(config)
+    given = {p for p in inspect.signature(merge.function).parameters if p not in ("deltas", "names")}
+    assert config["name"] == merge.name == name and set(merge.options) == given
+
+
+@pytest.mark.parametrize(
+    ("argv", "method"),
+    [
+        (["merge=linear", "merge.density=0.1"], "linear"),
+        (["-m", "merge=ties,iso_c", "merge.density=0.1,0.2"], "iso_c"),
+        (["merge.gamma=0.1"], "ties"),
+        (["experiment=k_by_merge", "merge.density=0.1"], "linear"),
+    ],
+)
+def test_an_option_that_a_method_lacks_is_refused(argv: list[str], method: str) -> None:
+    with pytest.raises(SamError, match=f"merge={method} does not use it; its options: .*lam"):
+        launch.check_overrides(argv)
+    launch.check_overrides(["-m", "merge=ties,dare", "merge.density=0.1"])
 
 
 @pytest.mark.usefixtures("conf")

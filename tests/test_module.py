@@ -16,7 +16,7 @@ from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
-from sam.merging import MergeSpec
+from sam.merging import Merge, ties
 from sam.models.base import Identity
 from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence
@@ -28,7 +28,7 @@ from tests.fakes import FakeGenerator, Reply, capitals, numbered
 from tests.tiny import HashEncoder, one_line
 
 TYPES = ("person", "place")
-TIES = MergeSpec("ties", density=0.2, trim_scope="global", sign="sum", aggregate="mean")
+TIES = Merge(ties, {"density": 0.2, "trim_scope": "global"})
 SENTENCES = (
     Sentence("s0", "Ada went to Bath", (Mention(0, 3, "person"), Mention(12, 16, "place"))),
     Sentence("s1", "Alan Turing worked at Bletchley Park", (Mention(0, 11, "person"), Mention(22, 36, "place"))),
@@ -170,7 +170,7 @@ def test_a_second_run_selects_no_more(make: MakeModule, monkeypatch: pytest.Monk
         ({"selector": "random", "k": 5}, ("k=5",)),
         ({"sample_size": 0}, ("sample_size=0",)),
         ({"rule": "most"}, ("most", "union")),
-        ({"merge": MergeSpec("ties")}, ("merge=ties", "density")),
+        ({"merge": Merge(ties)}, ("merge=ties", "density")),
         ({"selector": "named", "experts": ("sports",)}, ("'sports'",)),
     ],
 )

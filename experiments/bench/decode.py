@@ -19,7 +19,7 @@ from sam.generation import Completion, Generator
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.launch import compose
-from sam.merging import AdapterDeltas, MergeSpec, merge_modules
+from sam.merging import AdapterDeltas, Merge, linear, merge_modules
 from sam.models.base import BaseSpec
 from sam.ner import Sentence, grammar, parsing
 from sam.ner.scoring import gold_pairs
@@ -72,7 +72,7 @@ def _contestant(
     requests = [grammar.request(types, s.text, constrained) for types, s in asked]
 
     def work() -> None:
-        generator.load(merge_modules([adapter], ["unified"], MergeSpec("linear")))
+        generator.load(merge_modules([adapter], ["unified"], Merge(linear)))
         done = dict(generator.generate(requests))
         made[name] = [done[i] for i in range(len(requests))]
         generator.close()

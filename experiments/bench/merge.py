@@ -30,7 +30,7 @@ from torch import Tensor
 
 from experiments.bench.harness import PEAK, Contestant, Options, Report, compete, joined, measured
 from sam.errors import SamError
-from sam.merging import AdapterDeltas, Factors, MergeSpec, merge_modules
+from sam.merging import AdapterDeltas, Factors, Merge, dare, linear, merge_modules, ties
 
 EXPERTS = Path("experiments/experts/smollm2_135m")
 NAMES = ("biomedical", "legal", "news", "social", "stem", "traffic")
@@ -45,15 +45,15 @@ COMPARED = 42
 PeerMerge = Callable[[list[Tensor]], Tensor]
 
 
-def _ties(scope: str) -> MergeSpec:
-    return MergeSpec("ties", density=DENSITY, trim_scope=scope, sign="sum", aggregate="mean")
+def _ties(scope: str) -> Merge:
+    return Merge(ties, {"density": DENSITY, "trim_scope": scope})
 
 
 SPECS = {
     "ties, tensor trim": _ties("tensor"),
     "ties, global trim": _ties("global"),
-    "dare": MergeSpec("dare", density=0.5, seed=0),
-    "linear": MergeSpec("linear"),
+    "dare": Merge(dare, {"density": 0.5, "seed": 0}),
+    "linear": Merge(linear),
 }
 
 
@@ -194,9 +194,9 @@ def _qwen(options: Options) -> Workload:
     return Workload("Qwen2.5-7B, three modules", [expert(n) for n in range(len(NAMES))], options.rounds)
 
 
-def _case(load: Workload, label: str, spec: MergeSpec) -> Report:
+def _case(load: Workload, label: str, spec: Merge) -> Report:
     contestants = [Contestant("SaM", measured(lambda: _drain(_merged(load, spec))), ours=True)]
-    if spec.trim_scope != "global":
+    if spec.options.get("trim_scope") != "global":
         contestants += [
             Contestant(f"{library} {spec.name}", measured(partial(_drain_peer, load, merges[spec.name])))
             for library, merges in peers(len(load.adapters)).items()
@@ -204,7 +204,7 @@ def _case(load: Workload, label: str, spec: MergeSpec) -> Report:
     return compete(contestants, load.rounds, "seconds", False, case=f"{load.name}: {label}", device="cpu")
 
 
-def _merged(load: Workload, spec: MergeSpec) -> Iterator[tuple[str, Tensor]]:
+def _merged(load: Workload, spec: Merge) -> Iterator[tuple[str, Tensor]]:
     return merge_modules(load.adapters, [str(n) for n in range(len(load.adapters))], spec)
 
 

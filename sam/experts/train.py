@@ -297,11 +297,11 @@ def score_adapter(
 ) -> dict[str, dict[str, Any]]:
     """The scores (:data:`KEPT`) of the adapter in ``folder`` by name of a part of ``held``: the types asked for (a
     sentence's own, if it has some) and the sentences."""
-    from sam.merging import AdapterDeltas, MergeSpec, merge_modules
+    from sam.merging import AdapterDeltas, Merge, linear, merge_modules
 
     known = training_types() if any(s.types for _, sentences in held.values() for s in sentences) else frozenset()
     try:
-        generator.load(merge_modules([AdapterDeltas.open(folder)], [folder.name], MergeSpec("linear")))
+        generator.load(merge_modules([AdapterDeltas.open(folder)], [folder.name], Merge(linear)))
         return {name: _score(generator, types, part, constrained, known) for name, (types, part) in held.items()}
     finally:
         generator.close()

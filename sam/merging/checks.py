@@ -1,4 +1,4 @@
-"""Checks of merge options, shared by the pure functions and by :class:`sam.merging.spec.MergeSpec`."""
+"""Checks of merge options. Each message begins with the option's name and value."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_density(density: object, option: str = "density") -> None:
+def check_density(density: object) -> None:
     """Raise SamError unless ``density`` is a number in (0, 1], a fraction of entries that is kept."""
     if not (_is_number(density) and 0 < density <= 1):  # type: ignore[operator]
-        raise SamError(f"{option}={density!r} is not in (0, 1]; give the fraction of entries to keep, e.g. 0.2")
+        raise SamError(f"density={density!r} is not in (0, 1]; give the fraction of entries to keep, e.g. 0.2")
 
 
-def check_drop(drop: object) -> None:
-    """Raise SamError unless ``drop`` is a number in [0, 1), the probability that an entry is dropped."""
-    if not (_is_number(drop) and 0 <= drop < 1):  # type: ignore[operator]
-        raise SamError(f"drop={drop!r} is not in [0, 1); give the probability that an entry is dropped, e.g. 0.8")
+def check_fraction(value: object, option: str) -> None:
+    """Raise SamError unless ``value`` is a number in [0, 1)."""
+    if not (_is_number(value) and 0 <= value < 1):  # type: ignore[operator]
+        raise SamError(f"{option}={value!r} is not in [0, 1); give a fraction, e.g. 0.01")
 
 
-def check_lam(lam: object, option: str = "lam") -> None:
+def check_lam(lam: object) -> None:
     """Raise SamError unless ``lam`` is a finite number."""
     if not _is_number(lam):
-        raise SamError(f"{option}={lam!r} is not a finite number; give the factor on the merged delta, e.g. 1.0")
+        raise SamError(f"lam={lam!r} is not a finite number; give the factor on the merged delta, e.g. 1.0")
 
 
-def check_seed(seed: object, option: str = "seed") -> None:
+def check_seed(seed: object) -> None:
     """Raise SamError unless ``seed`` is an integer."""
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise SamError(f"{option}={seed!r} is not an integer; e.g. 0")
+        raise SamError(f"seed={seed!r} is not an integer; e.g. 0")
 
 
 def check_choice(value: object, allowed: Collection[str], option: str) -> None:
@@ -42,26 +42,24 @@ def check_choice(value: object, allowed: Collection[str], option: str) -> None:
         raise SamError(f"{option}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
-def check_weights(weights: Sequence[float], *, signed: bool, option: str = "weights") -> None:
-    """Raise SamError unless ``weights`` are finite, and (not ``signed``) not negative with a sum above 0."""
-    shown = f"{option}={list(weights)!r}"
-    if not all(_is_number(w) for w in weights):
-        raise SamError(f"{shown} holds a value that is not a finite number; give one number an expert")
-    if signed:
-        return
-    if any(w < 0 for w in weights):
-        raise SamError(f"{shown} holds a negative weight; give weights >= 0 (task_arithmetic takes any)")
-    if sum(weights) <= 0:
-        raise SamError(f"{shown} sums to 0; give at least one weight above 0")
-
-
 def raw_weights(weights: Sequence[float] | None, count: int, *, signed: bool = False) -> list[float]:
-    """The weights as given, 1 each for None. Raises SamError if there are not ``count`` or they are not allowed."""
+    """The weights as given, 1 each for None.
+
+    Raises SamError unless there are ``count`` finite numbers, not negative with a sum above 0 (unless ``signed``).
+    """
     if weights is None:
         return [1.0] * count
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise SamError(f"weights={weights!r} is not a list; give one number per expert")
+    shown = f"weights={list(weights)!r}"
     if len(weights) != count:
-        raise SamError(f"weights={list(weights)!r} has {len(weights)} values for {count} experts; give one an expert")
-    check_weights(weights, signed=signed)
+        raise SamError(f"{shown} has {len(weights)} values for {count} experts; give one per expert")
+    if not all(_is_number(w) for w in weights):
+        raise SamError(f"{shown} holds a value that is not a finite number; give one number per expert")
+    if not signed and any(w < 0 for w in weights):
+        raise SamError(f"{shown} holds a negative weight; give weights >= 0 (task_arithmetic takes any)")
+    if not signed and sum(weights) <= 0:
+        raise SamError(f"{shown} sums to 0; give at least one weight above 0")
     return [float(w) for w in weights]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from sam.errors import SamError
 from sam.merging.checks import check_choice, check_density, check_lam, raw_weights
 from sam.merging.deltas import AdapterDeltas, Factors
-from sam.merging.streams import SIGNS
+from sam.merging.stream import SIGNS, DeltaSet, Merged
 
 Combine = Callable[[list[Tensor], Tensor], Tensor]
 """(one factor of each expert, a weight for each) to the merged factor."""
@@ -25,49 +25,40 @@ Combine = Callable[[list[Tensor], Tensor], Tensor]
 _PEFT_SIGN = {"sum": "total", "count": "frequency"}
 
 
-def factor_linear(
-    adapters: Sequence[AdapterDeltas],
-    names: Sequence[str],
-    *,
-    lam: float = 1.0,
-    weights: Sequence[float] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """(module, ΔW): PEFT's ``combination_type="linear"``, lam · (Σ√(w·s)·B)(Σ√(w·s)·A); weights default to 1 each.
-
-    A negative weight puts its sign on A. fp32, ΔW of the shape of the module's weight. PEFT scales the result of an
-    rsLoRA merge by √r once more; that is not copied. Raises SamError unless all have the same modules and ranks.
-    """
-    from peft.utils.merge_utils import task_arithmetic  # here, because importing PEFT takes seconds
-
+def linear_stream(
+    sets: Sequence[DeltaSet], names: Sequence[str] | None, lam: float, weights: Sequence[float] | None
+) -> Merged:
+    """See :func:`sam.merging.factor_linear`."""
     check_lam(lam)
-    check_compatible(adapters, names)
-    scales = raw_weights(weights, len(adapters), signed=True)
-    return ((module, _merged(adapters, module, scales, task_arithmetic) * lam) for module in adapters[0].modules())
+    scales = raw_weights(weights, len(sets), signed=True)
+    adapters = compatible(sets, names)
+
+    def merge(parts: list[Tensor], sides: Tensor) -> Tensor:
+        from peft.utils.merge_utils import task_arithmetic  # here, because importing PEFT takes seconds
+
+        return task_arithmetic(parts, sides)
+
+    return ((module, _merged(adapters, module, scales, merge) * lam) for module in adapters[0].modules())
 
 
-def factor_ties(
-    adapters: Sequence[AdapterDeltas],
-    names: Sequence[str],
-    *,
+def ties_stream(
+    sets: Sequence[DeltaSet],
+    names: Sequence[str] | None,
     density: float,
-    sign: str = "sum",
-    lam: float = 1.0,
-    weights: Sequence[float] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """(module, ΔW): PEFT's ``combination_type="ties"``, TIES on A and on B apart, each tensor trimmed by itself.
-
-    ``sign="sum"`` is PEFT's ``majority_sign_method="total"``, ``"count"`` its ``"frequency"``. Otherwise as
-    :func:`factor_linear`; the differences of PEFT's TIES are listed at :func:`sam.merging.functions.ties`.
-    """
-    from peft.utils.merge_utils import ties
-
+    sign: str,
+    lam: float,
+    weights: Sequence[float] | None,
+) -> Merged:
+    """See :func:`sam.merging.factor_ties`."""
     check_density(density)
     check_lam(lam)
     check_choice(sign, SIGNS, "sign")
-    check_compatible(adapters, names)
-    scales = raw_weights(weights, len(adapters), signed=True)
+    scales = raw_weights(weights, len(sets), signed=True)
+    adapters = compatible(sets, names)
 
     def merge(parts: list[Tensor], sides: Tensor) -> Tensor:
+        from peft.utils.merge_utils import ties
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # at density 1 PEFT warns for each tensor that it keeps all
             return ties(parts, sides, density, _PEFT_SIGN[sign])  # type: ignore[arg-type]
@@ -75,10 +66,12 @@ def factor_ties(
     return ((module, _merged(adapters, module, scales, merge) * lam) for module in adapters[0].modules())
 
 
-def check_compatible(adapters: Sequence[AdapterDeltas], names: Sequence[str]) -> None:
-    """Raise SamError, naming two experts, unless all have the same modules, shapes and ranks."""
-    if not adapters:
-        raise SamError("no experts to merge; give at least one")
+def compatible(sets: Sequence[DeltaSet], names: Sequence[str] | None) -> list[AdapterDeltas]:
+    """The adapters. Raises SamError, naming two experts, unless all have the same modules, shapes and ranks."""
+    adapters = [one for one in sets if isinstance(one, AdapterDeltas)]
+    if not sets or len(adapters) < len(sets):
+        raise SamError("merging factors takes LoRA adapters, at least one; other deltas have no factors")
+    names = names or [str(index) for index in range(len(adapters))]
     first = adapters[0]
     for adapter, name in zip(adapters[1:], names[1:], strict=True):
         differing = sorted(set(first.modules()) ^ set(adapter.modules()))
@@ -99,6 +92,7 @@ def check_compatible(adapters: Sequence[AdapterDeltas], names: Sequence[str]) ->
                     f"experts {names[0]} and {name} differ in rank at {module} ({one.rank} and {other.rank}); "
                     "merging factors needs equal ranks, merging deltas does not"
                 )
+    return adapters
 
 
 def _merged(

@@ -4,103 +4,165 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sam import extend
 from sam.errors import SamError
-from sam.merging import streams
-from sam.merging.checks import raw_weights
 from sam.merging.deltas import AdapterDeltas
-from sam.merging.factors import factor_linear, factor_ties
-from sam.merging.spec import CustomMerge, Merge
+from sam.merging.stream import DeltaSet, Merged, Method, module_names
 
 MERGE_VERSION = 2
 """Part of every model key; to be raised when a change of this package changes merged values."""
 
+OURS = "sam.merging."
 
-def merge_modules(adapters: Sequence[AdapterDeltas], names: Sequence[str], spec: Merge) -> Iterator[tuple[str, Tensor]]:
-    """Stream (module, merged ΔW in fp32), modules in order of name; at a time, one module's deltas are held.
 
-    ``names`` are the experts' names, one an adapter. The experts are put in an order of their own first (content hash,
+@dataclass(frozen=True)
+class Merge:
+    """A merge method and its options: one of :mod:`sam.merging.methods`, or any function that takes the list of ΔW of
+    one module (fp32, an expert without the module as zeros) and the options, and returns the merged ΔW.
+
+    The option ``weights`` has one number per expert, in the order of the experts.
+    """
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: str = ""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Merge:
+        """From a ``conf/merge`` file: ``_target_`` names the function, all but ``name`` are options of it.
+
+        Raises SamError for an option that it does not take, one that it needs, and a value out of range.
+        """
+        function = extend.function_of(config, "merge")
+        merge = cls(function, extend.options_of(config, function, "merge", 1, ["name"]), str(config[extend.TARGET]))
+        merge.check()
+        return merge
+
+    def check(self) -> None:
+        """Raise SamError for a value that a method of ours refuses: it is called with experts that have no module."""
+        if not isinstance(self.function, Method):
+            return
+        count = len(self.weights) if isinstance(self.weights, list | tuple) else 1
+        try:
+            self.stream([AdapterDeltas(Path(), {})] * count, [str(index) for index in range(count)])
+        except SamError as error:
+            raise SamError(f"merge.{error}") from None
+        except TypeError as error:
+            raise SamError(f"merge={self.name}: {error}") from None
+
+    @property
+    def name(self) -> str:
+        """The last part of the function's name."""
+        return (self.target or str(getattr(self.function, "__name__", self.function))).rpartition(".")[2]
+
+    @property
+    def weights(self) -> Sequence[float] | None:
+        """The experts' weights, if some are given."""
+        return self.options.get("weights")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether random numbers are drawn, by the experts' names."""
+        return "seed" in self.options
+
+    def stream(self, sets: Sequence[DeltaSet], names: Sequence[str]) -> Merged:
+        """(module, merged ΔW in fp32), modules in order of name."""
+        if not isinstance(self.function, Method):
+            return self._module_by_module(sets)
+        named = {"names": names} if self.function.takes_names else {}
+        return self.function.stream(sets, **self.options, **named)
+
+    def _module_by_module(self, sets: Sequence[DeltaSet]) -> Merged:
+        for module in module_names(sets):
+            known = {index: one[module].to(torch.float32) for index, one in enumerate(sets) if module in one}
+            shape = next(iter(known.values())).shape
+            deltas = [known.get(index, torch.zeros(shape)) for index in range(len(sets))]
+            merged = self.function(deltas, **self.options)
+            if not isinstance(merged, Tensor) or merged.shape != shape:
+                got = f"shape {list(merged.shape)}" if isinstance(merged, Tensor) else f"a {type(merged).__name__}"
+                raise SamError(
+                    f"merge: {self.target} returned {got} for {module}; it must return a ΔW of {list(shape)}"
+                )
+            yield module, merged.float()
+
+    def reordered(self, order: Sequence[int]) -> Merge:
+        """The same merge of the experts in another order."""
+        if self.weights is None:
+            return self
+        return replace(self, options={**self.options, "weights": [self.weights[i] for i in order]})
+
+    def content(self) -> dict[str, Any]:
+        """What the merged values depend on besides the experts and their weights, as plain values for JSON: the method
+        and its options; of a function that is not ours, its source too."""
+        given = {name: value for name, value in self.options.items() if value is not None and name != "weights"}
+        options = {name: float(v) if type(v) is int and name != "seed" else v for name, v in sorted(given.items())}
+        if isinstance(self.function, Method) and self.function.__module__.startswith(OURS):
+            return {"name": self.name, **options}
+        return extend.identity(self.target, self.function, options)
+
+
+def merge_modules(
+    adapters: Sequence[AdapterDeltas], names: Sequence[str], merge: Merge
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream (module, merged ΔW in fp32), modules in order of name; at a time, one module's deltas are in memory.
+
+    ``names`` are the experts' names, one per adapter. The experts are put in an order of their own first (content hash,
     then name), weights along, so the result is the same bits for every order in which they were selected. One expert
-    gives its own ΔW, untouched, whatever ``spec`` is; none gives nothing. A global trim reads all deltas twice before
+    gives its own ΔW, untouched, whatever ``merge`` is; none gives nothing. A global trim reads all deltas twice before
     the first module comes.
 
-    Raises SamError at the call for a bad ``spec``, the same expert twice, a wrong number of weights, and adapters
-    that do not fit together.
+    Raises SamError at the call for bad options, the same expert twice, a wrong number of weights, and adapters that do
+    not fit together.
     """
-    spec.validate()
-    _check_names(adapters, names)
-    if not adapters:
-        return iter(())
-    raw_weights(spec.weights, len(adapters), signed=spec.signed_weights)
-    if len(adapters) == 1:
-        return ((module, adapters[0].delta(module)) for module in adapters[0].modules())
+    _check(adapters, names, merge)
+    if len(adapters) < 2:
+        return ((module, adapter.delta(module)) for adapter in adapters for module in adapter.modules())
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].content_hash, names[i]))
-    weights = None if spec.weights is None else tuple(spec.weights[i] for i in order)
-    spec = spec if isinstance(spec, CustomMerge) else replace(spec, weights=weights)
     adapters, names = [adapters[i] for i in order], [names[i] for i in order]
     _check_shapes(adapters, names)
-    return _dispatch(adapters, names, spec)
+    return merge.reordered(order).stream(adapters, names)
 
 
-def model_key(base_fingerprint: str, adapters: Sequence[AdapterDeltas], names: Sequence[str], spec: Merge) -> str:
+def model_key(base_fingerprint: str, adapters: Sequence[AdapterDeltas], names: Sequence[str], merge: Merge) -> str:
     """SHA-256 (hex) of all that decides the merged model's weights, and of nothing else.
 
-    That is the base model, each expert's content and weight in any order, the canonical spec, and the experts' names
-    only where the merge draws random numbers by them. For one expert the spec and the weight are left out; for none
-    the base alone counts. Raises SamError as :func:`merge_modules` for a bad spec or list of experts.
+    That is the base model, each expert's content and weight in any order, the merge, and the experts' names only where
+    the merge draws random numbers by them. For one expert the merge and the weight are left out; for none the base
+    alone counts. Raises SamError as :func:`merge_modules` for a bad list of experts.
     """
-    spec.validate()
-    _check_names(adapters, names)
+    _check(adapters, names, merge)
     key: dict[str, Any] = {"version": MERGE_VERSION, "base": base_fingerprint}
-    if adapters:
-        raw_weights(spec.weights, len(adapters), signed=spec.signed_weights)
     if len(adapters) == 1:
         key["experts"] = [[adapters[0].content_hash]]
     elif adapters:
-        options = spec.canonical()
-        weights = options.pop("weights", [1.0] * len(adapters))
-        shown = list(names) if spec.is_random else [""] * len(adapters)
+        weights = [1.0] * len(adapters) if merge.weights is None else [float(w) for w in merge.weights]
+        shown = list(names) if merge.is_random else [""] * len(adapters)
         hashes = [adapter.content_hash for adapter in adapters]
         key["experts"] = sorted([h, n, w] for h, n, w in zip(hashes, shown, weights, strict=True))
-        key["merge"] = options
+        key["merge"] = merge.content()
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _dispatch(adapters: list[AdapterDeltas], names: list[str], spec: Merge) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(spec, CustomMerge):
-        return spec.stream(adapters)
-    given: dict[str, Any] = {"lam": spec.lam, "weights": spec.weights}
-    if spec.name == "linear":
-        return streams.linear_stream(adapters, **given)
-    if spec.name == "task_arithmetic":
-        return streams.task_arithmetic_stream(adapters, **given)
-    if spec.name == "factor_linear":
-        return factor_linear(adapters, names, **given)
-    given["density"] = spec.density
-    if spec.name == "dare":
-        return streams.dare_stream(adapters, seed=spec.seed or 0, names=names, **given)
-    given["sign"] = spec.sign
-    if spec.name == "factor_ties":
-        return factor_ties(adapters, names, **given)
-    given["aggregate"] = spec.aggregate
-    if spec.name == "dare_ties":
-        return streams.dare_ties_stream(adapters, seed=spec.seed or 0, names=names, **given)
-    if spec.name == "ties":
-        return streams.ties_stream(adapters, trim_scope=str(spec.trim_scope), **given)
-    raise NotImplementedError(f"merge={spec.name} has options in USES and no stream here")
-
-
-def _check_names(adapters: Sequence[AdapterDeltas], names: Sequence[str]) -> None:
+def _check(adapters: Sequence[AdapterDeltas], names: Sequence[str], merge: Merge) -> None:
+    merge.check()
     if len(names) != len(adapters):
-        raise SamError(f"{len(names)} names for {len(adapters)} experts; give one name an expert")
+        raise SamError(f"{len(names)} names for {len(adapters)} experts; give one name per expert")
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise SamError(f"expert {twice[0]!r} is selected twice; a merge takes each expert once")
+    weights = merge.weights
+    if adapters and weights is not None and len(weights) != len(adapters):
+        raise SamError(
+            f"weights={list(weights)!r} has {len(weights)} values for {len(adapters)} experts; give one per expert"
+        )
 
 
 def _check_shapes(adapters: Sequence[AdapterDeltas], names: Sequence[str]) -> None:

@@ -392,9 +392,9 @@ def load(spec: BaseSpec, device: str = "auto") -> Base:
 
 def _fold(model: Any, adapter: str) -> None:
     """Add the adapter to the weights of ``model``."""
-    from sam.merging import AdapterDeltas, MergeSpec, fold, merge_modules
+    from sam.merging import AdapterDeltas, Merge, fold, linear, merge_modules
 
-    fold(model, merge_modules([AdapterDeltas.open(Path(adapter).expanduser())], ["fold"], MergeSpec("linear")))
+    fold(model, merge_modules([AdapterDeltas.open(Path(adapter).expanduser())], ["fold"], Merge(linear)))
 
 
 def stop_ids(tokenizer: Any, configured: int | list[int] | None, path: Path) -> tuple[int, ...]:

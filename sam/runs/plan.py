@@ -14,12 +14,11 @@ from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import DecodeSpec, Generator, build
-from sam.merging import MERGE_VERSION, AdapterDeltas, CustomMerge, Merge, MergeSpec
+from sam.merging import MERGE_VERSION, AdapterDeltas, Merge
 from sam.models.base import BaseSpec, Identity, device_of, identify
 from sam.models.encoder import EncoderSpec
 from sam.ner import prompts
 from sam.ner.combine import Rule
-from sam.options import options
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
 from sam.selection import Selector, custom
@@ -48,7 +47,7 @@ class Plan:
 
 def plan(config: Mapping[str, Any]) -> Plan:
     """Check all of ``config``; raises SamError with the first thing that is wrong."""
-    merge = merge_of(config["merge"])
+    merge = Merge.from_config(config["merge"])
     decode = DecodeSpec.from_config(config["decode"])
     if config["completions"] not in ("reuse", "fresh"):
         raise SamError(f"completions={config['completions']} is unknown; allowed: reuse, fresh")
@@ -105,7 +104,7 @@ def identified(planned: Plan) -> Identity:
 def content(planned: Plan, base: Identity) -> dict[str, Any]:
     """All that a result depends on, by content: no path, and no setting that cannot change what is extracted."""
     method = {f.name: getattr(planned.method, f.name) for f in fields(Method) if not f.name.startswith("custom_")}
-    method["merge"] = planned.method.merge.canonical()
+    method["merge"] = [planned.method.merge.content(), planned.method.merge.weights]
     cards = planned.pool.cards
     data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
     return {
@@ -128,14 +127,6 @@ def content_hash(content: Mapping[str, Any]) -> str:
     """The hash of plain values."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def merge_of(config: Mapping[str, Any]) -> Merge:
-    """The merge of a ``merge`` config: a method of ours, or the function that ``_target_`` names."""
-    if extend.TARGET not in config:
-        return options(MergeSpec, config, "merge")
-    function = extend.function_of(config, "merge")
-    return CustomMerge(str(config[extend.TARGET]), function, extend.options_of(config, function, "merge", 1, ["name"]))
 
 
 def selector_from(config: Mapping[str, Any]) -> tuple[str, Selector | None]:

@@ -20,14 +20,14 @@ from sam.experts.card import Pool
 from sam.generation import Auto, Generator, build
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
-from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
+from sam.merging import AdapterDeltas, Merge, linear, merge_modules, merged
 from sam.models.base import Base, BaseSpec, load
 from sam.ner import grammar, parsing
 from tests.generation.models import LIMIT, TEXTS, TYPES, completions, generated, oracle, requests, write_model
 from tests.tiny import one_line, write_adapter, write_base
 
 pytest.importorskip("openvino_genai")
-LINEAR = MergeSpec("linear")
+LINEAR = Merge(linear)
 UP = "model.layers.0.mlp.up_proj"
 
 Make = Callable[..., Generator]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from sam.errors import SamError
-from sam.merging import AdapterDeltas, MergedWeights, MergeSpec, merge_modules, merged
+from sam.merging import AdapterDeltas, Merge, MergedWeights, linear, merge_modules, merged
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
-LINEAR = MergeSpec("linear")
+LINEAR = Merge(linear)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -191,11 +191,11 @@ def test_unknown_module(make_adapter: Callable[..., AdapterDeltas]) -> None:
 
 def test_applied_delta_is_the_adapter(make_peft: Callable[..., Any], model: nn.Module) -> None:
     """End to end: base + ΔW computes what PEFT computes."""
-    from sam.merging import MergeSpec, merge_modules, merged
+    from sam.merging import Merge, linear, merge_modules, merged
 
     peft_model, folder = make_peft("expert", use_rslora=True, alpha_pattern={"q_proj": 3})
     ids = torch.arange(20).view(2, 10)
-    with torch.no_grad(), merged(model, merge_modules([AdapterDeltas.open(folder)], ["expert"], MergeSpec("linear"))):
+    with torch.no_grad(), merged(model, merge_modules([AdapterDeltas.open(folder)], ["expert"], Merge(linear))):
         ours = model(ids).logits
     peft: PeftModel = peft_model.eval()
     with torch.no_grad():

@@ -12,7 +12,18 @@ from peft.utils import merge_utils as peft
 from torch import Tensor
 
 from sam.errors import SamError
-from sam.merging import AdapterDeltas, dare, dare_ties, linear, task_arithmetic, ties
+from sam.merging import (
+    AdapterDeltas,
+    breadcrumbs,
+    dare,
+    dare_ties,
+    della,
+    factor_linear,
+    iso_c,
+    linear,
+    task_arithmetic,
+    ties,
+)
 
 
 def entry(*values: float) -> list[Tensor]:
@@ -102,8 +113,10 @@ MERGES: dict[str, Callable[..., Any]] = {
     "ties_count_sum": lambda d, **o: ties(d, density=0.6, sign="count", aggregate="sum", **o),
     "linear": linear,
     "task_arithmetic": lambda d, **o: task_arithmetic(d, lam=0.4, **o),
-    "dare": lambda d, **o: dare(d, drop=0.4, seed=5, names=["a", "b", "c"][: len(d)], **o),
-    "dare_ties": lambda d, **o: dare_ties(d, drop=0.4, seed=5, names=["a", "b", "c"][: len(d)], **o),
+    "dare": lambda d, **o: dare(d, density=0.6, seed=5, names=["a", "b", "c"][: len(d)], **o),
+    "dare_ties": lambda d, **o: dare_ties(d, density=0.6, seed=5, names=["a", "b", "c"][: len(d)], **o),
+    "della": lambda d, **o: della(d, density=0.6, epsilon=0.4, seed=5, names=["a", "b", "c"][: len(d)], **o),
+    "breadcrumbs": lambda d, **o: breadcrumbs(d, density=0.3, gamma=0.02, lam=0.4, **o),
 }
 
 
@@ -114,7 +127,7 @@ def test_negation_and_equal_weights(merge: Callable[..., Tensor]) -> None:
     assert torch.equal(merge(deltas, weights=[1, 1, 1]), merge(deltas))
 
 
-@pytest.mark.parametrize("merge", [v for k, v in MERGES.items() if not k.startswith("dare")])
+@pytest.mark.parametrize("merge", [v for k, v in MERGES.items() if not k.startswith("d")])
 def test_permutation(merge: Callable[..., Tensor]) -> None:
     deltas, weights = random_deltas(), [0.2, 1.0, 3.0]
     order = [2, 0, 1]
@@ -136,8 +149,8 @@ def test_the_size_of_equal_weights_does_not_matter_in_means(merge: Callable[...,
 def test_one_expert_untrimmed_is_itself(scope: str, sign: str, aggregate: str) -> None:
     (delta,) = random_deltas(1)
     assert torch.equal(ties([delta], density=1, trim_scope=scope, sign=sign, aggregate=aggregate), delta)
-    assert torch.equal(dare_ties([delta], drop=0, seed=0, sign=sign, aggregate=aggregate), delta)
-    assert torch.equal(dare([delta], drop=0, seed=0), delta)
+    assert torch.equal(dare_ties([delta], density=1, seed=0, sign=sign, aggregate=aggregate), delta)
+    assert torch.equal(dare([delta], density=1, seed=0), delta)
     assert torch.equal(linear([delta]), delta)
     assert torch.equal(task_arithmetic([delta], lam=1), delta)
 
@@ -169,7 +182,7 @@ def test_missing_modules_are_structural_zeros() -> None:
     assert torch.equal(merged["m1"], ties([first], density=0.1, trim_scope="global")["m1"])
     assert torch.equal(ties([first, second], density=0.5)["m1"], ties([a], density=0.5))  # no vote, not in the mean
     torch.testing.assert_close(linear([first, second])["m1"], a / 2)  # but it is a zero in the mean of deltas
-    torch.testing.assert_close(dare([first, second], drop=0, seed=0, weights=[1, 3])["m1"], a / 4)
+    torch.testing.assert_close(dare([first, second], density=1, seed=0, weights=[1, 3])["m1"], a / 4)
 
 
 def test_scopes_differ_only_over_several_modules() -> None:
@@ -184,14 +197,14 @@ def test_scopes_differ_only_over_several_modules() -> None:
 
 def test_dare_depends_on_names_and_seed_only() -> None:
     deltas = random_deltas()
-    first = dare(deltas, drop=0.5, seed=1, names=["x", "y", "z"])
+    first = dare(deltas, density=0.5, seed=1, names=["x", "y", "z"])
     torch.manual_seed(99)
-    turned = dare(deltas[::-1], drop=0.5, seed=1, names=["z", "y", "x"])
+    turned = dare(deltas[::-1], density=0.5, seed=1, names=["z", "y", "x"])
     torch.testing.assert_close(first, turned)
     for other in (
-        dare(deltas, drop=0.5, seed=2, names=["x", "y", "z"]),
-        dare(deltas, drop=0.5, seed=1, names=["x", "y", "w"]),
-        dare([{"m": d} for d in deltas], drop=0.5, seed=1, names=["x", "y", "z"])["m"],
+        dare(deltas, density=0.5, seed=2, names=["x", "y", "z"]),
+        dare(deltas, density=0.5, seed=1, names=["x", "y", "w"]),
+        dare([{"m": d} for d in deltas], density=0.5, seed=1, names=["x", "y", "z"])["m"],
     ):
         assert (first != other).float().mean() > 0.4  # half of the entries, where one mask of three differs
 
@@ -200,18 +213,18 @@ def test_dare_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    dare(random_deltas(), drop=0.5, seed=1)
+    dare(random_deltas(), density=0.5, seed=1)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_dare_rescales_and_is_unbiased() -> None:
     (delta,) = random_deltas(1, (30, 40))
-    once = dare([delta], drop=0.75, seed=0)
+    once = dare([delta], density=0.25, seed=0)
     kept = once != 0
     torch.testing.assert_close(once[kept], delta[kept] * 4)
     assert kept.float().mean().item() == pytest.approx(0.25, abs=0.05)
     draws = 600
-    mean = sum(dare([delta], drop=0.75, seed=s) for s in range(draws)) / draws
+    mean = sum(dare([delta], density=0.25, seed=s) for s in range(draws)) / draws
     error = (mean - delta) / delta  # standard deviation sqrt(0.75 / 0.25 / 600) = 0.0707
     assert error.mean().abs() < 0.01
     assert error.std().item() == pytest.approx((3 / draws) ** 0.5, rel=0.1)
@@ -219,7 +232,7 @@ def test_dare_rescales_and_is_unbiased() -> None:
 
 def test_dare_mask_is_fixed_for_ever() -> None:
     """Hand-copied draw: a change of it changes every stored DARE result."""
-    kept = dare([torch.ones(12)], drop=0.5, seed=0, names=["news"]) != 0
+    kept = dare([torch.ones(12)], density=0.5, seed=0, names=["news"]) != 0
     assert kept.int().tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 1, 0, 1, 0]
 
 
@@ -262,14 +275,21 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ties, OK | {"sign": "total"}, "sign='total' is unknown; choose one of sum, count"),
     (ties, OK | {"aggregate": "max"}, "aggregate='max' is unknown; choose one of mean, sum"),
     (ties, OK | {"lam": float("inf")}, "lam=inf is not a finite number"),
-    (ties, OK | {"weights": [1]}, "weights=[1] has 1 values for 2 experts; give one an expert"),
+    (ties, OK | {"weights": [1]}, "weights=[1] has 1 values for 2 experts; give one per expert"),
     (ties, OK | {"weights": [0, 0]}, "weights=[0, 0] sums to 0; give at least one weight above 0"),
     (linear, {"weights": [1, -1]}, "weights=[1, -1] holds a negative weight; give weights >= 0"),
     (task_arithmetic, {"lam": 1, "weights": [1, float("nan")]}, "holds a value that is not a finite number"),
-    (dare, {"drop": 1, "seed": 0}, "drop=1 is not in [0, 1); give the probability that an entry is dropped, e.g. 0.8"),
-    (dare, {"drop": -0.1, "seed": 0}, "drop=-0.1 is not in [0, 1)"),
-    (dare, {"drop": 0.1, "seed": 0.5}, "seed=0.5 is not an integer"),
-    (dare_ties, {"drop": 0.1, "seed": 0, "names": ["a", "a"]}, "names=['a', 'a'] must hold one name an expert (2)"),
+    (linear, {"weights": 3}, "weights=3 is not a list; give one number per expert"),
+    (dare, {"density": 0, "seed": 0}, "density=0 is not in (0, 1]"),
+    (dare, {"density": 0.9, "seed": 0.5}, "seed=0.5 is not an integer"),
+    (dare_ties, {"density": 0.9, "seed": 0, "names": ["a", "a"]}, "names=['a', 'a'] must hold one name per expert (2)"),
+    (della, {"density": 0.3, "epsilon": 0.7, "seed": 0}, "epsilon=0.7 with density=0.3 gives probabilities outside"),
+    (della, {"density": 0.3, "epsilon": -1, "seed": 0}, "epsilon=-1 is not in [0, 1)"),
+    (breadcrumbs, {"density": 0.9, "gamma": 0.2, "lam": 1}, "density=0.9 and gamma=0.2 sum to more than 1"),
+    (breadcrumbs, {"density": 0.9, "gamma": 1, "lam": 1}, "gamma=1 is not in [0, 1)"),
+    (iso_c, {"lam": None}, "lam=None is not a finite number"),
+    (iso_c, {"lam": 1}, "merging singular vectors takes matrices"),
+    (factor_linear, {}, "merging factors takes LoRA adapters"),
 ]
 
 
