@@ -33,5 +33,5 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## remove .venv and the tools' caches (outputs and the model cache stay)
+clean:  ## remove .venv and the tools' caches; outputs and the model cache remain
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
