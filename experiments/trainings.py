@@ -22,7 +22,7 @@ from experiments.figures import COLOURS, MARKERS
 from experiments.render import markdown_table
 from sam.errors import SamError
 from sam.experts.card import CARD_FILE, Card
-from sam.experts.data import MEASURES
+from sam.experts.training.recipe import MEASURES
 from sam.results import write_text
 
 ALWAYS = ("domain", "start", "sentences", "open_sentences", "seed")

@@ -5,18 +5,26 @@ from typing import TYPE_CHECKING
 from sam.experts.card import Card, Pool
 
 if TYPE_CHECKING:
-    from sam.experts.data import ExpertDataModule, Recipe
-    from sam.experts.module import ExpertModule
-    from sam.experts.train import train_expert
+    from sam.experts.training.data import ExpertDataModule
+    from sam.experts.training.module import ExpertModule
+    from sam.experts.training.recipe import Recipe
+    from sam.experts.training.train import Job, train_expert
 
-__all__ = ["Card", "ExpertDataModule", "ExpertModule", "Pool", "Recipe", "train_expert"]
+__all__ = ["Card", "ExpertDataModule", "ExpertModule", "Job", "Pool", "Recipe", "train_expert"]
+
+HOMES = {
+    "ExpertDataModule": "data",
+    "ExpertModule": "module",
+    "Recipe": "recipe",
+    "Job": "train",
+    "train_expert": "train",
+}
+"""The modules of ``sam.experts.training``; Lightning and PEFT take seconds to import: only who trains pays for them."""
 
 
 def __getattr__(name: str) -> object:
-    # Lightning and PEFT take seconds to import: only who trains pays for them.
-    homes = {"ExpertDataModule": "data", "Recipe": "data", "ExpertModule": "module", "train_expert": "train"}
-    if name not in homes:
+    if name not in HOMES:
         raise AttributeError(name)
     import importlib
 
-    return getattr(importlib.import_module(f"sam.experts.{homes[name]}"), name)
+    return getattr(importlib.import_module(f"sam.experts.training.{HOMES[name]}"), name)

@@ -27,10 +27,10 @@ HELDOUT_CHARACTERS = 600
 class Card:
     """What is known of an expert without loading it.
 
-    ``base_fold`` is the content hash of the adapter that was folded into the base (its fingerprint covers it).
+    ``base_fold`` is the content hash of the adapter that was baked into the base (its fingerprint covers it).
     ``centroid`` is the normalised mean embedding of its training sentences by ``encoder``
     (:attr:`sam.models.encoder.EncoderSpec.identity`); ``scores`` are on held-out sentences of its own datasets. Cards
-    of role ``unified`` (the baseline) and ``start`` (folded into the base before all others are trained) are never
+    of role ``unified`` (the baseline) and ``start`` (baked into the base before all others are trained) are never
     selected by rank.
     """
 
@@ -83,8 +83,8 @@ class Pool:
     @cached_property
     def cards(self) -> dict[str, Card]:
         """All cards, of every role, by folder name, sorted."""
-        found = (f for f in self.path.iterdir() if not f.name.startswith("."))
-        folders = sorted(f for f in found if (f / CARD_FILE).is_file() or (f / CONFIG_FILE).is_file())
+        shown = (f for f in self.path.iterdir() if not f.name.startswith("."))
+        folders = sorted(f for f in shown if (f / CARD_FILE).is_file() or (f / CONFIG_FILE).is_file())
         cards = {f.name: Card.read(f) for f in folders}
         for name, card in cards.items():
             if card.name != name:
@@ -119,11 +119,11 @@ class Pool:
         for name in self.names if names is None else names:
             path, card = self.folder(name), self.cards[name]
             if card.base_fingerprint != fingerprint:
-                folded = f" with an adapter folded in ({card.base_fold[:12]})" if card.base_fold else ""
+                baked = f" with an adapter baked in ({card.base_fold[:12]})" if card.base_fold else ""
                 start = next((self.path / n for n, c in self.cards.items() if c.role == "start"), None)
                 fold = start if card.base_fold and start else "what it was trained with" if card.base_fold else "null"
                 raise SamError(
-                    f"expert {name!r} was trained on base {card.base}{folded} ({card.base_fingerprint[:12]}), not on "
+                    f"expert {name!r} was trained on base {card.base}{baked} ({card.base_fingerprint[:12]}), not on "
                     f"this one ({fingerprint[:12]}); choose base={card.base} and base.fold={fold}, or a pool trained "
                     "on this base"
                 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam.experts.card import HELDOUT_CHARACTERS, Card
-from sam.experts.data import MEASURES
+from sam.experts.training.recipe import MEASURES
 
 CURVE = 8
 """The most points of the loss curve that are shown; the card has all."""
@@ -22,7 +22,7 @@ def write_readme(folder: Path, card: Card) -> None:
     kind = {
         "expert": f"An expert of the domain {card.domain}",
         "unified": "The unified baseline",
-        "start": "The common start, which is folded into the base model before experts are trained,",
+        "start": "The common start, which is baked into the base model before experts are trained,",
     }[card.role]
     stated = ", ".join(f"`{k}={v}`" for k, v in recipe.items() if k not in ("hash", "precision", *MEASURES))
     text = f"""---
@@ -48,8 +48,8 @@ types of their dataset; `expert.json` has span F1 and more.{_mean(card)}
 
 {_open(card)}Entity types: {", ".join(card.types)}.
 
-Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the answer
-is a JSON object {FORM}. Put the folder into a pool of SaM, or load it with PEFT alone{_fold(card)}.
+Prompt (version {card.prompt_version}): `Entity types: a, b` newline `Text: <sentence>` newline `Entities:`; the
+completion is a JSON object {FORM}. Put the folder into a pool of SaM, or load it with PEFT alone{_warm_start(card)}.
 
 Limits: a small model on a small budget; English; it extracts flat mentions of the types named in the prompt, misses
 many, and invents some. The data's licences (some non-commercial) may bear on what it is used for.
@@ -85,7 +85,7 @@ def _mean(card: Card) -> str:
     return f" Mean F1 {100 * card.scores['mean_f1']:.1f}." if card.scores.get("datasets") else ""
 
 
-def _fold(card: Card) -> str:
+def _warm_start(card: Card) -> str:
     if card.base_fold is None:
         return ""
     return f"""; before it, the adapter
@@ -93,8 +93,8 @@ def _fold(card: Card) -> str:
 
 
 def _scores(card: Card, dataset: str) -> str:
-    found = card.scores.get("datasets", {}).get(dataset)
-    if found is None:
+    scores = card.scores.get("datasets", {}).get(dataset)
+    if scores is None:
         return "not measured | – | – | – | – | –"
-    three = " | ".join(f"{100 * found[m]:.1f}" for m in ("precision", "recall", "f1"))
-    return f"{found['n']} of {found['split']} | {three} | {found['unparsable']} | {found['truncated']}"
+    three = " | ".join(f"{100 * scores[m]:.1f}" for m in ("precision", "recall", "f1"))
+    return f"{scores['n']} of {scores['split']} | {three} | {scores['unparsable']} | {scores['truncated']}"

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
+from sam import data as corpora
 from sam.console import print_table
 from sam.errors import SamError
-from sam.experts.data import Recipe
-from sam.experts.train import train_expert
+from sam.experts.card import Card
+from sam.experts.training.recipe import Recipe
+from sam.experts.training.train import Job, train_expert
 from sam.generation import DecodeSpec, build
-from sam.models.base import Base, BaseSpec, device_of, load
+from sam.models.base import BaseSpec, device_of, load
 from sam.models.encoder import Encoder, EncoderSpec
 from sam.tracking import tracked
-
-log = logging.getLogger(__name__)
 
 
 def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     """Train ``config['domain']`` into ``config['task']['out']``; returns its mean held-out F1."""
-    from sam import data as corpora
+    job, decode = job_of(config), DecodeSpec.from_config(config["decode"])
+    spec, device = BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"])
+    generator = build(config["generator"], spec, device, decode.max_new_tokens)
+    base, encoder = load(spec, device), Encoder(EncoderSpec.from_config(config["encoder"]))
+    with tracked(config, folder, group, name=f"train {job.name}") as run:
+        card = train_expert(job, base, encoder, generator, _logger(run))
+        f1 = float(card.scores["mean_f1"])
+        if run is not None:
+            run.summary["heldout/mean_f1"] = f1
+    _show(job.folder, card)
+    return f1
 
-    domain, recipe = config["domain"], Recipe.from_config(config["train"])
-    decode = DecodeSpec.from_config(config["decode"])
+
+def job_of(config: dict[str, Any]) -> Job:
+    """The training that ``config`` asks for; raises SamError for what cannot be trained on."""
+    domain, task = config["domain"], config["task"]
     for dataset in (d for part in domain["domains"] for d in part):
         if corpora.spec(dataset).role == "open":
             raise SamError(
@@ -33,36 +44,31 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
     if domain["role"] == "start" and config["base"].get("fold"):
         raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")
-    if not isinstance(config["task"]["replace"], bool):
-        raise SamError(f"task.replace={config['task']['replace']} must be true or false")
-    spec, device = BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"])
-    generator = build(config["generator"], spec, device, decode.max_new_tokens)
-    base: Base = load(spec, device)
-    with tracked(config, folder, group, name=f"train {domain['name']}") as run:
-        logger: Any = False
-        if run is not None:
-            from lightning.pytorch.loggers import WandbLogger
+    if not isinstance(task["replace"], bool):
+        raise SamError(f"task.replace={task['replace']} must be true or false")
+    return Job(
+        name=domain["name"],
+        role=domain["role"],
+        domains=domain["domains"],
+        recipe=Recipe.from_config(config["train"]),
+        trainer=config["trainer"],
+        out=Path(task["out"]).expanduser(),
+        work=Path(task["work"]).expanduser(),
+        checkpoint_every=task["checkpoint_every"],
+        replace=task["replace"],
+        constrained=DecodeSpec.from_config(config["decode"]).constrained,
+    )
 
-            logger = WandbLogger(experiment=run)
-        out, card = train_expert(
-            base,
-            Encoder(EncoderSpec.from_config(config["encoder"])),
-            name=domain["name"],
-            role=domain["role"],
-            domains=domain["domains"],
-            recipe=recipe,
-            out=Path(config["task"]["out"]).expanduser(),
-            work=Path(config["task"]["work"]).expanduser(),
-            trainer=config["trainer"],
-            generator=generator,
-            constrained=decode.constrained,
-            checkpoint_every=config["task"]["checkpoint_every"],
-            replace_other=config["task"]["replace"],
-            logger=logger,
-        )
-        f1 = float(card.scores["mean_f1"])
-        if run is not None:
-            run.summary["heldout/mean_f1"] = f1
+
+def _logger(run: Any) -> Any:
+    """Lightning's logger of a W&B run, False without one."""
+    if run is None:
+        return False
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(experiment=run)
+
+
+def _show(folder: Path, card: Card) -> None:
     rows = [[d, f"{100 * s['f1']:.1f}", str(s["n"])] for d, s in card.scores["datasets"].items()]
-    print_table(f"{out}: held-out F1 (mean {100 * f1:.1f})", ["dataset", "F1", "n"], rows)
-    return f1
+    print_table(f"{folder}: held-out F1 (mean {100 * card.scores['mean_f1']:.1f})", ["dataset", "F1", "n"], rows)

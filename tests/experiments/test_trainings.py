@@ -11,7 +11,8 @@ import pytest
 
 from experiments.trainings import curve, main, markdown, rows
 from sam.errors import SamError
-from sam.experts import Card, Recipe
+from sam.experts import Card
+from tests import toy_training
 from tests.tiny import make_card
 
 
@@ -20,7 +21,7 @@ def card(name: str, f1: float, open_f1: float | None, **recipe: Any) -> Card:
     opened = {} if open_f1 is None else {"dev": {"f1": open_f1, "unseen_recall": open_f1 / 2, "unseen_gold": 7}}
     return replace(
         plain,
-        recipe={**Recipe(**recipe).to_dict(), "hash": name},
+        recipe={**toy_training.recipe(**recipe).to_dict(), "hash": name},
         sentences=900,
         training={"steps": 10, "seconds": 90.0},
         scores={"datasets": {"toy": {}}, "mean_f1": f1, "open": opened},

@@ -42,7 +42,7 @@ def test_card_survives_writing_and_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"types": None}, "is not an expert card ('types'); train the expert again"),
         ({"base": None}, "missing 1 required positional argument: 'base'"),
@@ -51,12 +51,12 @@ def test_card_survives_writing_and_reading(tmp_path: Path) -> None:
         ({"role": "boss"}, "role 'boss' is unknown; allowed: expert, unified"),
     ],
 )
-def test_broken_card_is_one_line(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_broken_card_is_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     make_card("stem", "abc").write(tmp_path)
     edit(tmp_path, **changes)
     with pytest.raises(SamError) as error:
         Card.read(tmp_path)
-    assert str(tmp_path / "expert.json") in one_line(error) and said in str(error.value)
+    assert str(tmp_path / "expert.json") in one_line(error) and message in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"card"'])
@@ -119,7 +119,7 @@ def test_what_is_no_pool_but_near_one_is_said(tmp_path: Path, shared_pool: Pool)
     make_card("news", "0" * 64, base_fold="1" * 64).write(pool / "news")
     with pytest.raises(SamError) as error:
         Pool(pool).check(card.base_fingerprint, PROMPT_VERSION, ["news"])
-    assert "with an adapter folded in (111111111111)" in one_line(error)
+    assert "with an adapter baked in (111111111111)" in one_line(error)
     assert f"base.fold={pool / 'start'}" in one_line(error)
 
 
@@ -232,7 +232,7 @@ def test_shipped_readmes_say_what_the_cards_do(tmp_path: Path) -> None:
 
 
 def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
-    """The common start on the bare model, all others on the model with it folded in; nothing is left over."""
+    """The common start on the bare model, all others on the model with it baked in; nothing is left over."""
     config = compose()
     spec, pool = BaseSpec.from_config(config["base"]), Pool(config["experts"]["path"])
     roles = {name: card.role for name, card in pool.cards.items()}
@@ -240,5 +240,5 @@ def test_shipped_experts_belong_to_the_shipped_base(smollm: Base) -> None:
     pool.check(smollm.fingerprint, PROMPT_VERSION, ["start"])
     pool.check(identity(spec), PROMPT_VERSION, [name for name in roles if name != "start"])
     assert {pool.cards[name].base_fold for name in roles if name != "start"} == {fold_hash(spec)}
-    with pytest.raises(SamError, match="with an adapter folded in"):
+    with pytest.raises(SamError, match="with an adapter baked in"):
         pool.check(smollm.fingerprint, PROMPT_VERSION)

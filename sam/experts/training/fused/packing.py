@@ -7,35 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-log = logging.getLogger(__name__)
+from sam.experts.training.batch import IGNORED, Batch, Example, filled, padded
 
-IGNORED = -100
+log = logging.getLogger(__name__)
 
 MOST = 512
 """Tokens of one row: attention is over all of it, and in a longer one would cost more than is saved."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of one sentence, as the part of the prompt that is its own, and its answer: the loss is on the last
-    ``answer``."""
-
-    ids: tuple[int, ...]
-    answer: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples, and the token ids of the part of the prompt that they share: the ``prefix`` of sentences that are asked
-    for the same types, nothing where each has types of its own."""
-
-    prefix: tuple[int, ...]
-    examples: tuple[Example, ...]
 
 
 def collate(batch: Batch, most: int) -> dict[str, torch.Tensor]:
@@ -56,7 +37,7 @@ def collate(batch: Batch, most: int) -> dict[str, torch.Tensor]:
 def packed(prefix: Sequence[int], rows: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
     """In each row the prefix, then each of its examples as if it alone came after it.
 
-    ``input_ids``, ``position_ids`` and ``labels`` [rows, length] (labels are -100 outside of answers) and
+    ``input_ids``, ``position_ids`` and ``labels`` [rows, length] (labels are -100 outside of target completions) and
     ``attention_mask`` [rows, 1, length, length], true where a token may look: at the prefix, and at what comes before
     it in its own example.
     """
@@ -67,10 +48,10 @@ def packed(prefix: Sequence[int], rows: Sequence[Sequence[Example]]) -> dict[str
         parts = [prefix, *(e.ids for e in row)]
         starts = [0] + [len(prefix)] * len(row)
         places = [start + i for start, part in zip(starts, parts, strict=True) for i in range(len(part))]
-        ids.append(_filled([token for part in parts for token in part], length, 0))
-        owners.append(_filled([i for i, part in enumerate(parts) for _ in part], length, -1))
-        positions.append(_filled(places, length, 0))
-        labels.append(_filled([IGNORED] * len(prefix) + [x for e in row for x in _labels(e)], length, IGNORED))
+        ids.append(filled([token for part in parts for token in part], length, 0))
+        owners.append(filled([i for i, part in enumerate(parts) for _ in part], length, -1))
+        positions.append(filled(places, length, 0))
+        labels.append(filled([IGNORED] * len(prefix) + [x for e in row for x in e.labels], length, IGNORED))
     owner = torch.tensor(owners)
     allowed = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
     return {
@@ -81,36 +62,14 @@ def packed(prefix: Sequence[int], rows: Sequence[Sequence[Example]]) -> dict[str
     }
 
 
-def padded(batch: Batch) -> dict[str, torch.Tensor]:
-    """A right-padded row for each example, the prefix before it: ``input_ids``, ``attention_mask`` (1 where there is a
-    token) and ``labels`` [batch, length]."""
-    rows = [[*batch.prefix, *e.ids] for e in batch.examples]
-    length = -(-max(map(len, rows)) // 8) * 8
-    labels = [[IGNORED] * len(batch.prefix) + _labels(e) for e in batch.examples]
-    return {
-        "input_ids": torch.tensor([_filled(row, length, 0) for row in rows]),
-        "attention_mask": torch.tensor([_filled([1] * len(row), length, 0) for row in rows]),
-        "labels": torch.tensor([_filled(row, length, IGNORED) for row in labels]),
-    }
-
-
-def _labels(example: Example) -> list[int]:
-    asked = len(example.ids) - example.answer
-    return [IGNORED] * asked + list(example.ids[asked:])
-
-
-def _filled(row: Sequence[int], length: int, value: int) -> list[int]:
-    return [*row, *[value] * (length - len(row))]
-
-
 def additive(allowed: torch.Tensor) -> torch.Tensor:
     """A boolean mask as numbers to add to the scores, fp32: 0 where a token may look, else the least number."""
     return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
 
 
 def read(causal: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch as :func:`collate` lays it out, the hidden states from which answer tokens are to be told, [tokens,
-    width], and these tokens, [tokens]."""
+    """Of a batch as :func:`collate` lays it out, the hidden states from which the tokens of target completions are
+    predicted, [tokens, width], and these tokens, [tokens]."""
     mask, decoder = batch["attention_mask"], causal.get_decoder()
     if mask.dtype == torch.bool and decoder.config._attn_implementation != "sdpa":  # all others add it to the scores
         mask = additive(mask)

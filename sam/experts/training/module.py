@@ -1,11 +1,10 @@
-"""The LightningModule that trains a LoRA adapter on answers."""
+"""The LightningModule that trains a LoRA adapter on target completions."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -13,23 +12,18 @@ import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sam.experts.data import Recipe
-from sam.experts.lean import lean
-from sam.experts.packing import read
+from sam.experts.training.batch import Batch, padded
+from sam.experts.training.recipe import Recipe
 from sam.models.base import Base
-
-MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""The dtype of the large products where it is not the weights', by Lightning's precision."""
 
 
 class ExpertModule(L.LightningModule):
-    """LoRA on all linear layers of the base model, cross-entropy on answer tokens, logits computed only there."""
+    """LoRA on all linear layers of the base model by PEFT, cross-entropy on the tokens of target completions."""
 
     def __init__(self, base: Base, recipe: Recipe) -> None:
         super().__init__()
         self.base, self.recipe = base, recipe
         self.net: Any = None
-        self.patches = ExitStack()
         self.losses: list[torch.Tensor] = []
         """Of each step since the beginning, also before a resumption."""
         self.seconds = 0.0
@@ -53,31 +47,28 @@ class ExpertModule(L.LightningModule):
         self.net = get_peft_model(self.base.model, config)
 
     def on_fit_start(self) -> None:
-        """Lightning leaves a pretrained model in eval mode; training wants train mode throughout, and the lean way."""
+        """Lightning leaves a pretrained model in eval mode; training wants train mode throughout."""
         self._since = time.perf_counter() - self.seconds
         self.net.train()
-        dtype = MIXED.get(str(self.trainer.precision), self.base.model.dtype)
-        self.patches.enter_context(lean(self.net, dtype))
 
     def on_fit_end(self) -> None:
-        """The model computes as PEFT has it again."""
+        """Stop the clock."""
         self.seconds = time.perf_counter() - self._since
-        self.patches.close()
 
     def unload(self) -> None:
         """Take the adapter out: leaves the base model as it was, on its device and in eval mode."""
-        self.patches.close()
         if self.net is not None:
             self.net.unload()
         # Lightning leaves the model on the CPU when it is done.
         self.base.model.eval().to(self.base.device)
 
+    def collate(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The tensors that :meth:`loss` takes."""
+        return padded(batch)
+
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross-entropy over the answer tokens of ``batch`` (see :func:`sam.experts.packing.collate`)."""
-        causal = self.net.base_model.model
-        hidden, targets = read(causal, batch)
-        logits = causal.get_output_embeddings()(hidden).float()
-        return torch.nn.functional.cross_entropy(logits, targets)
+        """Mean cross-entropy over the tokens of target completions."""
+        return self.net(**batch).loss
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """One batch's loss."""
@@ -88,21 +79,15 @@ class ExpertModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and cosine decay to zero over all steps."""
-        trained = [p for p in self.net.parameters() if p.requires_grad]
-        # A fused step would unscale gradients itself, after they were clipped.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = adamw(trained, self.recipe, fused=fused)
+        optimizer = self.adamw([p for p in self.net.parameters() if p.requires_grad])
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates(self.recipe, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip the norm, also for a fused optimizer, which Lightning's own clipping refuses."""
-        if gradient_clip_val:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val)
+    def adamw(self, trained: list[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        """AdamW as the recipe has it."""
+        lr, decay = self.recipe.lr, self.recipe.weight_decay
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=decay, betas=(0.9, 0.98), **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained, and what the card will say of the way there."""
@@ -122,11 +107,6 @@ class ExpertModule(L.LightningModule):
         # What is left over is of the last point, not one of its own.
         bounds = [*range(0, len(losses) - size + 1, size), len(losses)]
         return [[end, round(sum(losses[start:end]) / (end - start), 4)] for start, end in pairwise(bounds)]
-
-
-def adamw(trained: list[torch.nn.Parameter], recipe: Recipe, fused: bool) -> torch.optim.Optimizer:
-    """AdamW as the recipe has it; ``fused`` takes one step over all tensors, which are many and small."""
-    return torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=fused)
 
 
 def rates(recipe: Recipe, total: int) -> Callable[[int], float]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import logging
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,19 +18,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from sam import data as corpora
 from sam.errors import SamError
-from sam.experts import Card, ExpertModule, Pool, Recipe, train
-from sam.experts.train import auto_precision, draw_heldout, recipe_hash
+from sam.experts import Card, ExpertModule, Pool
+from sam.experts.training.fit import resolved_precision
+from sam.experts.training.recipe import recipe_hash
 from sam.merging import AdapterDeltas
 from sam.models.base import Base
-from sam.ner import Mention, Sentence
-from sam.ner.prompts import PROMPT_VERSION, answer
-from tests.fakes import FakeGenerator
+from sam.ner.prompts import PROMPT_VERSION
 from tests.tiny import one_line
 from tests.toy_training import RECIPE, STEPS, arrange, run, toy, use_toys
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +139,10 @@ def test_finished_expert_is_kept_and_another_recipe_takes_its_place_only_if_told
     with pytest.raises(SamError) as error:
         run(tiny, out, work, recipe=slower)
     assert f"holds an expert of another recipe (train.lr={RECIPE.lr}, now 0.001)" in one_line(error)
+    with pytest.raises(SamError, match="another recipe .train.fused=True, now False."):
+        run(tiny, out, work, recipe=dataclasses.replace(RECIPE, fused=False))
     assert len(losses) == STEPS and weights(folder) == weights(whole)
-    _, other = run(tiny, out, work, recipe=slower, replace_other=True)
+    _, other = run(tiny, out, work, recipe=slower, replace=True)
     assert len(losses) == 2 * STEPS and other.recipe["lr"] == 1e-3
     assert weights(folder) != weights(whole) and Card.read(folder) == other
 
@@ -228,6 +225,47 @@ def test_in_bf16_too_the_next_run_goes_on_to_the_same_weights(tiny: Base, whole:
     assert card.recipe["precision"] == "bf16-mixed"
 
 
+PLAIN = dataclasses.replace(RECIPE, fused=False)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_loaded: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an expert that plain PEFT trained without interruption."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        use_toys(patch)
+        return run(tiny_loaded, folder / "out", folder / "work", recipe=PLAIN)[0]
+
+
+def test_plain_peft_learns_the_same(whole: Path, plain: Path) -> None:
+    fused, peft = Card.read(whole), Card.read(plain)
+    assert len(peft.training["curve"]) == STEPS
+    for (step, loss), (_, other) in zip(fused.training["curve"], peft.training["curve"], strict=True):
+        assert loss == pytest.approx(other, rel=1e-4), step
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (whole, plain))
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, rtol=2**-7, atol=1e-4), name  # a step of bf16
+    assert (plain / "adapter_config.json").read_text() == (whole / "adapter_config.json").read_text()
+
+
+def test_card_and_hash_have_the_switch_only_where_it_is_off(whole: Path, plain: Path) -> None:
+    fused, peft = Card.read(whole), Card.read(plain)
+    assert peft.recipe["fused"] is False and "fused" not in fused.recipe
+    assert peft.recipe["hash"] != fused.recipe["hash"]
+    assert "`fused=False`" in (plain / "README.md").read_text()
+    assert "fused" not in (whole / "README.md").read_text()
+
+
+def test_plain_peft_too_goes_on_to_the_same_weights(
+    tiny: Base, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tiny, tmp_path, "step 13", recipe=PLAIN)
+    losses = steps_of(monkeypatch)
+    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=PLAIN)
+    assert len(losses) == STEPS - 10 and weights(folder) == weights(plain)
+    assert timeless(card) == timeless(Card.read(plain))
+
+
 def test_keyboard_interrupt_ends_training_without_an_expert(tiny: Base, tmp_path: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -287,39 +325,6 @@ def test_killed_again_and_again_it_ends_the_same(tiny_base: Path, whole: Path, t
     assert weights(out / "toys") == weights(whole)
 
 
-def test_hash_of_a_recipe_is_fixed_and_tells_all_that_is_learnt(tiny: Base) -> None:
-    base = dataclasses.replace(tiny, fingerprint="f" * 64)
-    plain = recipe_hash(base, [["a", "b"]], Recipe(), "32-true")
-    # Experts that are already trained are known by it.
-    assert plain == "faddd4264799abd4"
-    others = [
-        recipe_hash(tiny, [["a", "b"]], Recipe(), "32-true"),
-        recipe_hash(base, [["a"], ["b"]], Recipe(), "32-true"),
-        recipe_hash(base, [["b", "a"]], Recipe(), "32-true"),
-        recipe_hash(base, [["a", "b"]], Recipe(), "bf16-mixed"),
-        *(
-            recipe_hash(base, [["a", "b"]], dataclasses.replace(Recipe(), **{name: value + 1}), "32-true")
-            for name, value in Recipe().to_dict().items()
-            if name not in ("heldout", "heldout_open", "open_batch_size")
-        ),
-        recipe_hash(base, [["a", "b"]], Recipe(open_sentences=2), "32-true"),
-        recipe_hash(base, [["a", "b"]], Recipe(open_sentences=1, open_batch_size=2), "32-true"),
-    ]
-    assert len({plain, *others}) == len(others) + 1
-    assert recipe_hash(base, [["a", "b"]], Recipe(heldout=1, heldout_open=1), "32-true") == plain
-
-
-def test_hash_of_a_recipe_follows_the_open_sentences_files(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    def digest(sha: str, open_sentences: int) -> str:
-        files = {"a": SimpleNamespace(mirror=sha), "held": SimpleNamespace(mirror=f"held {sha}")}
-        spec = SimpleNamespace(files=files, paths=lambda split: {"train": ["a"], "dev": ["held"]}[split])
-        monkeypatch.setattr(corpora, "spec", lambda dataset: spec)
-        return recipe_hash(tiny, [["toy"]], Recipe(open_sentences=open_sentences), "32-true")
-
-    assert digest("1", 5) == digest("1", 5) != digest("2", 5)
-    assert digest("1", 0) == digest("2", 0)
-
-
 def test_what_is_not_scored_anew_keeps_its_scores(tiny: Base, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "out" / "toys")
     before = Card.read(whole)
@@ -346,29 +351,8 @@ def test_precisions_that_would_cast_the_base_model_are_refused(tiny: Base, tmp_p
     with pytest.raises(SamError) as error:
         run(tiny, tmp_path / "out", tmp_path / "work", trainer=trainer)
     assert one_line(error) == ("trainer.precision=bf16-true is unknown; allowed: auto, 32-true, bf16-mixed, 16-mixed")
-    assert auto_precision("16-mixed", "cpu") == "16-mixed"
-    assert auto_precision("auto", "cpu") in ("32-true", "bf16-mixed")
-
-
-def test_bf16_autocast_leaves_the_base_model_and_trains_in_fp32(tiny: Base, whole: Path, tmp_path: Path) -> None:
-    trainer = {"accelerator": "cpu", "devices": 1, "precision": "bf16-mixed", "enable_progress_bar": False}
-    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", trainer=trainer)
-    assert card.recipe["precision"] == "bf16-mixed" and weights(folder) != weights(whole)
-
-
-def test_heldout_sentences_come_from_dev_or_test_never_from_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spec(*splits: str) -> Any:
-        return type("Spec", (), {"splits": dict.fromkeys(splits)})()
-
-    monkeypatch.setattr(corpora, "load", lambda dataset, split: toy(dataset, split, 10))
-    for splits, expected in [(("train", "dev", "test"), "test"), (("dev", "train"), "dev")]:
-        monkeypatch.setattr(corpora, "spec", lambda dataset, splits=splits: spec(*splits))
-        drawn = draw_heldout("toy", RECIPE)
-        assert len(drawn) == 2 and {s.id.split("/")[1] for s in drawn} == {expected}
-        assert drawn == draw_heldout("toy", RECIPE)
-        assert not {s.text for s in draw_heldout("toy", RECIPE, {drawn[0].text})} & {drawn[0].text}
-    monkeypatch.setattr(corpora, "spec", lambda dataset: spec("train"))
-    assert draw_heldout("toy", RECIPE) == []
+    assert resolved_precision("16-mixed", "cpu") == "16-mixed"
+    assert resolved_precision("auto", "cpu") in ("32-true", "bf16-mixed")
 
 
 def test_what_is_missing_is_missed_before_training(tiny: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,54 +368,9 @@ def test_what_is_missing_is_missed_before_training(tiny: Base, tmp_path: Path, m
     assert not losses
 
 
-def test_scores_are_those_of_the_saved_adapter(
-    tiny: Base, whole: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Completions that name what is there score 1, and they are those of the saved weights."""
-    caplog.set_level(logging.INFO)
-    sentences = toy("toy", "dev", 4)
-    monkeypatch.setattr(corpora, "load", lambda dataset, split: sentences)
-    types, by_text = ["location", "person"], {s.text: s for s in sentences}
-
-    def perfect(number: int, asked: Sequence[str], text: str) -> str:
-        assert list(asked) == types
-        return answer(by_text[text], types)
-
-    generator = FakeGenerator(perfect)
-    scores = train.score_heldout(generator, whole, {"toy": sentences, "none": []}, {})
-    assert scores["mean_f1"] == 1.0 and set(scores["datasets"]) == {"toy"}
-    toys = scores["datasets"]["toy"]
-    assert (toys["split"], toys["n"], toys["precision"], toys["recall"], toys["unparsable"]) == ("dev", 4, 1.0, 1.0, 0)
-    other = FakeGenerator(perfect)
-    adapter = AdapterDeltas.open(whole)
-    other.load((name, adapter.delta(name)) for name in adapter)
-    assert generator.loads == other.loads != [0] and generator.closed == 1
-
-
-def test_open_sentences_are_scored_on_their_own_types_and_unseen_ones_apart(
-    tiny: Base, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = "Ada keeps bees and a parrot"
-    mentions = (Mention(0, 3, "person"), Mention(10, 14, "insect"), Mention(21, 27, "bird"))
-    first = Sentence("a", text, mentions, ("person", "insect", "bird", "fish"))
-    second = Sentence("b", "Rome again", (Mention(0, 4, "capital"),), ("capital",))
-    monkeypatch.setattr(train, "training_types", lambda: frozenset({"person", "bird"}))
-
-    def reply(number: int, types: Sequence[str], of: str) -> str:
-        assert (of, tuple(types)) in {(first.text, first.types), (second.text, second.types)}
-        return ' {" Ada":" person"," bees":" insect"," parrot":" fish"}' if of == text else " {}"
-
-    scores = train.score_heldout(FakeGenerator(reply), whole, {}, {"dev": [first, second]})
-    opened = scores["open"]["dev"]
-    assert (opened["n"], opened["precision"], opened["recall"]) == (2, 2 / 3, 2 / 4)
-    # insect and capital stand in no training set; one of their two pairs was found.
-    assert (opened["unseen_types"], opened["unseen_gold"], opened["unseen_recall"]) == (2, 2, 0.5)
-    assert scores["datasets"] == {} and scores["mean_f1"] == 0.0
-
-
 def test_an_expert_with_open_sentences_counts_its_domain_alone(tiny: Base, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, open_sentences=6, open_batch_size=4)
-    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=recipe)
+    more = dataclasses.replace(RECIPE, open_sentences=6, open_batch_size=4)
+    folder, card = run(tiny, tmp_path / "out", tmp_path / "work", recipe=more)
     assert card.training["steps"] == STEPS + 2 * 2  # 6 in batches of 4, twice
     assert (card.sentences, card.types, card.datasets) == (24, ("location", "person"), ("toy",))
     assert set(card.licences) == {"toy", "open_types"} and card.recipe["open_sentences"] == 6

@@ -1,4 +1,5 @@
-"""A lean forward and backward for LoRA training: the arithmetic of PEFT and transformers, with less around it.
+"""Forward passes for LoRA training in place of a model's own: the arithmetic of PEFT and transformers, with less
+around it.
 
 A step on a small model spends much of its time beside the large matrix products: autocast casts every frozen weight
 anew, PEFT's layers cast, scale and add in steps of their own, and short sentences make every small operation count.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,8 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sam.experts.packing import additive
-from sam.experts.steps import Attention, LoraProduct, Norm, RotaryAttention, SwiGLU
+from sam.experts.training.fused.functions import Attention, LoraProduct, Norm, RotaryAttention, SwiGLU
+from sam.experts.training.fused.packing import additive
 from sam.models.base import SIBLINGS
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
@@ -36,11 +37,12 @@ ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 """Attention that turns queries and keys by their positions (RoPE) and does nothing else to them."""
 
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""``down(act(gate(x)) * up(x))``, made lean where ``act`` is SiLU."""
+"""``down(act(gate(x)) * up(x))``, exchanged where ``act`` is SiLU."""
 
 SILU = ("SiLU", "SiLUActivation")
 
 ATTENTION = "sam_short"
+"""The name of :func:`attend` among transformers' attention functions."""
 
 MADV_PAGEOUT = 21
 """Linux, ``madvise(2)``."""
@@ -72,10 +74,6 @@ def additive_mask(*args: Any, **options: Any) -> torch.Tensor | None:
     return None if allowed is None else additive(allowed)
 
 
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, additive_mask)
-
-
 def page_out(tensor: torch.Tensor) -> None:
     """Let the system take back the memory of a tensor that is not read for a while; reading it brings it back.
 
@@ -95,11 +93,11 @@ def cast(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> torch.Tensor:
     weights = [layer.weight.detach() for layer in layers]
     if len(weights) == 1 and weights[0].dtype == dtype:
         return weights[0]
-    found = weights[0].new_empty((sum(len(w) for w in weights), weights[0].shape[1]), dtype=dtype)
-    for part, weight in zip(found.split([len(w) for w in weights]), weights, strict=True):
+    stacked = weights[0].new_empty((sum(len(w) for w in weights), weights[0].shape[1]), dtype=dtype)
+    for part, weight in zip(stacked.split([len(w) for w in weights]), weights, strict=True):
         part.copy_(weight)
         page_out(weight)
-    return found
+    return stacked
 
 
 class Group:
@@ -124,10 +122,10 @@ class Group:
         """The output of layer ``index`` for ``x``."""
         if self.input is not x or index not in self.outputs:
             self.input, self.outputs = x, dict(enumerate(self.together(x).split(self.widths, -1)))
-        found = self.outputs.pop(index)
+        output = self.outputs.pop(index)
         if not self.outputs:
             self.input = None
-        return found
+        return output
 
 
 def is_plain(layer: Any) -> bool:
@@ -149,10 +147,10 @@ def groups(net: torch.nn.Module, dtype: torch.dtype) -> Iterator[list[LoraLinear
     for module in net.modules():
         layers: dict[str, Any] = {name: child for name, child in module.named_children() if is_plain(child)}
         for names in SIBLINGS:
-            found = [layers[name] for name in names if name in layers]
-            kinds = {_kind(layer) for layer in found}
-            if len(found) == len(names) and len(kinds) == 1 and found[0].get_base_layer().weight.dtype != dtype:
-                yield found
+            siblings = [layers[name] for name in names if name in layers]
+            alike = len(siblings) == len(names) and len({_kind(layer) for layer in siblings}) == 1
+            if alike and siblings[0].get_base_layer().weight.dtype != dtype:
+                yield siblings
                 layers = {name: layer for name, layer in layers.items() if name not in names}
         yield from ([layer] for layer in layers.values())
 
@@ -174,8 +172,8 @@ def _instead(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def lean(net: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Train the PEFT model ``net`` the lean way while the block lasts, computing in ``dtype``.
+def fused(net: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Train the PEFT model ``net`` by the passes of this file while the block lasts, computing in ``dtype``.
 
     Only ``forward`` of modules and the attention's name are exchanged; no weight is touched. Enter it when the model is
     on its device: it holds a copy of the frozen linear weights where theirs is another dtype.
@@ -184,8 +182,8 @@ def lean(net: Any, dtype: torch.dtype) -> Iterator[None]:
     head, config = causal.get_output_embeddings(), causal.get_decoder().config
     before = config._attn_implementation
     short = before == "sdpa" and head.weight.device.type == "cpu"
+    together: dict[Any, Group] = {}
     with ExitStack() as stack:
-        together: dict[Any, Group] = {}
         for layers in groups(net, dtype):
             group = Group(layers, dtype)
             for index, layer in enumerate(layers):
@@ -193,22 +191,29 @@ def lean(net: Any, dtype: torch.dtype) -> Iterator[None]:
             if len(layers) > 1:
                 together[layers[0]] = group
         for module in net.modules():
-            kind = type(module).__name__
-            way: partial[Any] | None = None
-            if kind in NORMS:
-                way = partial(_norm, module, dtype)
-            elif kind in ATTENTIONS and short and module.q_proj in together:
-                way = partial(_rotary, module, together[module.q_proj], dtype)
-            elif kind in GATED and type(module.act_fn).__name__ in SILU and module.gate_proj in together:
-                way = partial(_gated, module, together[module.gate_proj])
-            if way is not None:
-                stack.enter_context(_instead(module, "forward", way))
+            if (forward := _forward(module, together, dtype, short)) is not None:
+                stack.enter_context(_instead(module, "forward", forward))
         if type(head) is torch.nn.Linear:
             stack.enter_context(_instead(head, "forward", partial(_frozen, cast([head], dtype), head.bias)))
         if short:
+            AttentionInterface.register(ATTENTION, attend)
+            AttentionMaskInterface.register(ATTENTION, additive_mask)
             config._attn_implementation = ATTENTION
             stack.callback(setattr, config, "_attn_implementation", before)
         yield
+
+
+def _forward(module: Any, together: Mapping[Any, Group], dtype: torch.dtype, short: bool) -> partial[Any] | None:
+    """The forward pass to put in place of that of ``module``, None to leave it. ``together``: the groups of more than
+    one layer, by their first; ``short``: attention may be exchanged too."""
+    kind = type(module).__name__
+    if kind in NORMS:
+        return partial(_norm, module, dtype)
+    if kind in ATTENTIONS and short and module.q_proj in together:
+        return partial(_rotary, module, together[module.q_proj], dtype)
+    if kind in GATED and type(module.act_fn).__name__ in SILU and module.gate_proj in together:
+        return partial(_gated, module, together[module.gate_proj])
+    return None
 
 
 def _norm(module: Any, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:

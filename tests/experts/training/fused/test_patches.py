@@ -1,4 +1,4 @@
-"""Lean training computes what PEFT and transformers compute, and leaves the model as it was."""
+"""Fused training computes what PEFT and transformers compute, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sam.experts import ExpertModule, Recipe
-from sam.experts.lean import ATTENTION, groups, lean, page_out
-from sam.experts.packing import Batch, Example, additive, collate, padded
+from sam.experts.training.batch import Batch, Example, padded
+from sam.experts.training.fused.module import FusedExpertModule
+from sam.experts.training.fused.packing import additive, collate
+from sam.experts.training.fused.patches import ATTENTION, fused, groups, page_out
 from sam.models.base import Base
+from tests.toy_training import recipe
 
 EXAMPLES = (Example(tuple(range(3, 25)), 6), Example(tuple(range(40, 51)), 4), Example((7, 8, 9), 1))
 PREFIX = (1, 30, 31, 2)
@@ -61,11 +63,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def expert(kind: str = "llama") -> ExpertModule:
+def expert(kind: str = "llama") -> FusedExpertModule:
     """On a small random model; biases and B drawn so that they do something."""
     torch.manual_seed(0)
     model = MODELS[kind]().requires_grad_(False)
-    module = ExpertModule(Base(kind, model, None, ""), Recipe(r=4, alpha=8))
+    module = FusedExpertModule(Base(kind, model, None, ""), recipe(r=4, alpha=8))
     module.configure_model()
     for name, p in module.net.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
@@ -78,10 +80,10 @@ def expert(kind: str = "llama") -> ExpertModule:
 
 
 def learn(
-    module: ExpertModule, dtype: torch.dtype | None = None, autocast: bool = False, batch: Any = BATCH
+    module: FusedExpertModule, dtype: torch.dtype | None = None, autocast: bool = False, batch: Any = BATCH
 ) -> dict[str, torch.Tensor]:
-    """The loss and the gradients, lean in ``dtype`` or as PEFT has it."""
-    way = nullcontext() if dtype is None else lean(module.net, dtype)
+    """The loss and the gradients, fused in ``dtype`` or as PEFT has it."""
+    way = nullcontext() if dtype is None else fused(module.net, dtype)
     with way, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = module.loss(batch)
     # Backward is called outside of autocast, as Lightning does.
@@ -90,12 +92,12 @@ def learn(
     return {"loss": loss.detach(), **dict(zip(named, grads, strict=True))}
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype
+        assert ours[name].dtype == value.dtype
         # Relative to the largest gradient of the tensor.
-        assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-6 * max(1, float(value.abs().max()))), name
+        assert torch.allclose(ours[name], value, rtol=1e-4, atol=2e-6 * max(1, float(value.abs().max()))), name
         assert value.abs().sum() > 0, name
 
 
@@ -127,15 +129,15 @@ def test_layers_multiplied_together_have_the_same_gradients(kind: str, rows: str
 def test_bf16_is_as_near_to_fp32_as_autocast_is(kind: str) -> None:
     module = expert(kind)
     exact, theirs = learn(module), learn(module, autocast=True)
-    found = learn(module, torch.bfloat16, autocast=True)
-    assert found["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.01)
+    ours = learn(module, torch.bfloat16, autocast=True)
+    assert ours["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.01)
 
     def error(of: dict[str, torch.Tensor]) -> float:
         wrong = sum(float((of[name] - exact[name]).square().sum()) for name in exact if name != "loss")
         return (wrong / sum(float(g.square().sum()) for name, g in exact.items() if name != "loss")) ** 0.5
 
-    assert {g.dtype for g in found.values()} == {torch.float32}
-    assert error(found) < 2 * error(theirs) < 0.3
+    assert {g.dtype for g in ours.values()} == {torch.float32}
+    assert error(ours) < 2 * error(theirs) < 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +146,7 @@ def test_model_is_as_before_also_after_an_error(dtype: torch.dtype) -> None:
     model = module.base.model
     before = {name: p.clone() for name, p in module.net.state_dict().items()}
     expected = learn(module)
-    with pytest.raises(RuntimeError), lean(module.net, dtype):
+    with pytest.raises(RuntimeError), fused(module.net, dtype):
         assert model.config._attn_implementation == ATTENTION
         raise RuntimeError
     after = module.net.state_dict()
@@ -165,9 +167,9 @@ def test_siblings_called_out_of_turn_on_other_inputs_and_twice() -> None:
     for part in block.children():
         if hasattr(part, "base_layer"):
             part.base_layer.weight.data = part.base_layer.weight.data.double()  # so that they are put together
-    with lean(module.net, torch.float32):
-        found = [getattr(block, name)(x) for name, x in calls]
-    for a, b in zip(found, expected, strict=True):
+    with fused(module.net, torch.float32):
+        ours = [getattr(block, name)(x) for name, x in calls]
+    for a, b in zip(ours, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -180,15 +182,15 @@ def test_attention_and_feed_forward_are_steps_of_their_own_where_their_layers_ar
     allowed = torch.ones(1, 1, 5, 5).tril().bool()
     parts = (block.self_attn, block.mlp)
     expected = [block.self_attn(x, angles, allowed)[0], block.mlp(x)]
-    with lean(module.net, torch.float32):  # the weights need no cast, so are not put together
+    with fused(module.net, torch.float32):  # the weights need no cast, so are not put together
         assert not any("forward" in vars(part) for part in parts)
     for part in block.modules():
         if hasattr(part, "base_layer"):
             part.base_layer.weight.data = part.base_layer.weight.data.double()
-    with lean(module.net, torch.float32):
+    with fused(module.net, torch.float32):
         assert all("forward" in vars(part) for part in parts)
-        found = [block.self_attn(x, angles, additive(allowed))[0], block.mlp(x), block.self_attn(x, angles, None)[0]]
-    for a, b in zip(found, [*expected, expected[0]], strict=True):  # no mask: causal, left to transformers
+        ours = [block.self_attn(x, angles, additive(allowed))[0], block.mlp(x), block.self_attn(x, angles, None)[0]]
+    for a, b in zip(ours, [*expected, expected[0]], strict=True):  # no mask: causal, left to transformers
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -217,8 +219,8 @@ def test_a_base_in_bf16_trains(kind: str, autocast: bool, monkeypatch: pytest.Mo
     half = MODELS[kind]
     monkeypatch.setitem(MODELS, kind, lambda: half().to(torch.bfloat16))
     expected = learn(expert(kind), None, autocast)
-    found = learn(expert(kind), torch.bfloat16, autocast)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    ours = learn(expert(kind), torch.bfloat16, autocast)
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
         difference = (gradient.float() - expected[name].float()).norm() / expected[name].float().norm()
         assert difference < 0.1, name

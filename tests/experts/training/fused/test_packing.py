@@ -19,20 +19,30 @@ from transformers import (
     MptForCausalLM,
 )
 
-from sam.experts.lean import lean
-from sam.experts.packing import MOST, Batch, Example, collate, most_packed, packed, padded
-from tests.experts.test_lean import BATCH, EXAMPLES, MODELS, PREFIX, SIZES, assert_close, expert, learn
+from sam.experts.training.batch import Batch, Example, padded
+from sam.experts.training.fused.packing import MOST, collate, most_packed, packed
+from sam.experts.training.fused.patches import fused
+from tests.experts.training.fused.test_patches import (
+    BATCH,
+    EXAMPLES,
+    MODELS,
+    PREFIX,
+    SIZES,
+    assert_close,
+    expert,
+    learn,
+)
 
 WHOLE = Batch(PREFIX, EXAMPLES)
 WINDOWLESS: dict[str, Any] = {"vocab_size": 60, "hidden_size": 64, "num_hidden_layers": 2}
 
 
 def test_packed_by_hand() -> None:
-    found = packed((5, 6), [[Example((7, 8, 9), 1), Example((7, 4), 1)]])
-    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 4] + [0] * 9]
-    assert found["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3] + [0] * 9]
-    assert found["labels"].tolist() == [[-100] * 4 + [9, -100, 4] + [-100] * 9]
-    (((mask),),) = found["attention_mask"].tolist()
+    tensors = packed((5, 6), [[Example((7, 8, 9), 1), Example((7, 4), 1)]])
+    assert tensors["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 4] + [0] * 9]
+    assert tensors["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3] + [0] * 9]
+    assert tensors["labels"].tolist() == [[-100] * 4 + [9, -100, 4] + [-100] * 9]
+    (((mask),),) = tensors["attention_mask"].tolist()
     assert [[place for place, seen in enumerate(row) if seen] for row in mask[:7]] == [
         [0],
         [0, 1],
@@ -60,13 +70,6 @@ def test_examples_without_a_shared_prefix_do_not_see_one_another() -> None:
     ]
 
 
-def test_padded_by_hand() -> None:
-    found = padded(Batch((5, 6), (Example((7, 8, 9), 1), Example((7, 4), 1))))
-    assert found["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [5, 6, 7, 4, 0, 0, 0, 0]]
-    assert found["attention_mask"].tolist() == [[1] * 5 + [0] * 3, [1] * 4 + [0] * 4]
-    assert found["labels"].tolist() == [[-100] * 4 + [9] + [-100] * 3, [-100] * 3 + [4] + [-100] * 4]
-
-
 def test_rows_are_filled_up_to_a_length() -> None:
     length = len(PREFIX) + sum(len(e.ids) for e in EXAMPLES)  # 4 + 22 + 11 + 3
     assert [len(collate(WHOLE, most)["input_ids"]) for most in (length, length - 1, 26)] == [1, 2, 2]
@@ -80,7 +83,7 @@ def test_rows_are_filled_up_to_a_length() -> None:
     assert int(lengths.max()) <= 64 and sum((collate(wide, 64)["labels"] != -100).sum(1)) == 40 * 11
 
 
-@pytest.mark.parametrize("way", ["plain", "lean", "eager", "lean eager"])
+@pytest.mark.parametrize("way", ["plain", "fused", "eager", "fused eager"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_few_rows_teach_what_one_for_each_does(kind: str, way: str) -> None:
     module = expert(kind)
@@ -95,7 +98,7 @@ def test_few_rows_teach_what_one_for_each_does(kind: str, way: str) -> None:
     if "eager" in way:
         module.base.model.set_attn_implementation("eager")
     assert most_packed(module.base.model) == min(MOST, getattr(config, "sliding_window", None) or MOST)
-    dtype = torch.float32 if "lean" in way else None
+    dtype = torch.float32 if "fused" in way else None
     expected = learn(module, dtype, batch=padded(WHOLE))
     for most in (MOST, 26):
         assert_close(learn(module, dtype, batch=collate(WHOLE, most)), expected)
@@ -130,5 +133,5 @@ def test_models_with_attention_of_their_own(make: Any, monkeypatch: pytest.Monke
     expected = learn(module, batch=padded(WHOLE))
     for dtype in (None, torch.float32):
         assert_close(learn(module, dtype, batch=collate(WHOLE, MOST)), expected)
-    with lean(module.net, torch.float32):
+    with fused(module.net, torch.float32):
         assert module.loss(BATCH).item() == pytest.approx(expected["loss"].item(), rel=1e-5)

@@ -1,7 +1,7 @@
-"""The steps of a lean training, forward and backward by hand: LoRA layers, norms, attention and SwiGLU.
+"""LoRA layers, norms, attention and SwiGLU with their backward passes written by hand.
 
-Each is one node of the graph where PyTorch would make many, computes in the dtype it is told to, and keeps no more than
-its backward pass reads.
+Each is one node of the graph where PyTorch would make many, computes in the dtype that it is given, and keeps no more
+than its backward pass reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sam.experts.packing import additive
+from sam.experts.training.fused.packing import additive
 
 
 class LoraProduct(torch.autograd.Function):
