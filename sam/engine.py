@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Generator, Request
 from sam.merging import AdapterDeltas, Merge, MergeSpec, merge_modules, model_key
-from sam.models.base import Identity
+from sam.models.identity import Identity
 from sam.ner import Prediction, grammar, parsing, prompts
 
 SINGLE = MergeSpec("linear")

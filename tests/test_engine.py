@@ -17,7 +17,9 @@ from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Request
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
-from sam.models.base import Base, BaseSpec, Identity
+from sam.models.base import Base
+from sam.models.identity import Identity
+from sam.models.spec import BaseSpec
 from sam.ner import Prediction, parsing, prompts
 from tests.fakes import FakeGenerator, numbered
 from tests.generation.models import oracle

@@ -18,7 +18,7 @@ from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.merging import AdapterDeltas, CustomMerge, MergeSpec, merge_modules, model_key
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
 from sam.results import RESULT
 from sam.runs.plan import merge_of, rule_from, selector_from
 from sam.selection import Query

@@ -17,7 +17,7 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import MergeSpec
-from sam.models.base import Identity
+from sam.models.identity import Identity
 from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence
 from sam.ner.combine import combine

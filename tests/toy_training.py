@@ -17,8 +17,9 @@ import torch
 from sam import data as corpora
 from sam.experts import Card, ExpertModule, Recipe, train, train_expert
 from sam.experts.data import OPEN
-from sam.models.base import Base, BaseSpec, load
+from sam.models.base import Base, load
 from sam.models.encoder import Encoder
+from sam.models.spec import BaseSpec
 from sam.ner import Mention, Sentence
 from tests.fakes import FakeGenerator, capitals
 from tests.tiny import HashEncoder

@@ -18,7 +18,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from sam.models.base import BaseSpec, device_of, load
+from sam.models.base import load
+from sam.models.device import device_of
+from sam.models.spec import BaseSpec
 from sam.results import peak_memory_mb
 
 

@@ -20,7 +20,7 @@ from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.launch import compose
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
 from sam.ner import Sentence, grammar, parsing
 from sam.ner.scoring import gold_pairs
 

@@ -31,7 +31,10 @@ from sam.experts.module import ExpertModule, rates
 from sam.experts.packing import Batch, Example
 from sam.experts.train import auto_precision, fit
 from sam.launch import compose
-from sam.models.base import BaseSpec, device_of, folder, load
+from sam.models.base import load
+from sam.models.device import device_of
+from sam.models.sources import folder
+from sam.models.spec import BaseSpec
 from sam.results import peak_memory_mb
 
 ROOT = Path(__file__).parents[2]

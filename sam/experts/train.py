@@ -26,10 +26,12 @@ from sam.experts.modelcard import write_readme
 from sam.experts.module import ExpertModule
 from sam.experts.packing import most_packed
 from sam.generation import Generator
-from sam.models.base import Base, multiplies_bf16, staged
+from sam.models.base import Base
+from sam.models.device import multiplies_bf16
 from sam.models.encoder import Encoder
 from sam.ner import Sentence, entity_types, grammar, parsing, prompts
 from sam.ner.scoring import Scores, score
+from sam.paths import staged
 from sam.results import versions
 from sam.seeding import rng
 

@@ -16,7 +16,8 @@ from sam.errors import SamError, one_line
 from sam.extend import TARGET, function_of
 from sam.generation.api import Completion, Generator, Request
 from sam.generation.cache import CompletionCache
-from sam.models.base import BaseSpec, config_of
+from sam.models.base import config_of
+from sam.models.spec import BaseSpec
 from sam.options import options
 
 __all__ = ["Auto", "Completion", "CompletionCache", "DecodeSpec", "Generator", "Request", "build"]

@@ -21,7 +21,10 @@ from sam.errors import SamError
 from sam.generation import openvino_ir
 from sam.generation.api import Completion, Request, completion, encode
 from sam.merging import AdapterDeltas
-from sam.models.base import BaseSpec, config_of, folder, multiplies_bf16, stop_ids, threads
+from sam.models.base import config_of, stop_ids
+from sam.models.device import multiplies_bf16, threads
+from sam.models.sources import folder
+from sam.models.spec import BaseSpec
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 BLOCK = 32

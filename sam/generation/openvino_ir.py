@@ -22,8 +22,11 @@ from transformers import AttentionInterface
 from transformers.utils import logging as hf_logging
 
 from sam.errors import SamError
-from sam.models.base import Base, BaseSpec, fingerprint, folder, load, settings_hash, staged
-from sam.paths import cache_dir
+from sam.models.base import Base, load
+from sam.models.identity import fingerprint, settings_hash
+from sam.models.sources import folder
+from sam.models.spec import BaseSpec
+from sam.paths import cache_dir, staged
 
 IR_VERSION = 1
 """Part of the folder's name: raise it with every change to the conversion."""

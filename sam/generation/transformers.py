@@ -12,7 +12,8 @@ from transformers import GenerationConfig
 from sam.errors import SamError
 from sam.generation.api import Completion, Request, completion, encode
 from sam.merging import MergedWeights
-from sam.models.base import Base, BaseSpec, load
+from sam.models.base import Base, load
+from sam.models.spec import BaseSpec
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 

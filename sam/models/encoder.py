@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sam.errors import SamError
-from sam.models.base import sha256_of, wheel_file
+from sam.models.sources import sha256_of, wheel_file
 from sam.options import options
 
 WEIGHTS = "model.safetensors"

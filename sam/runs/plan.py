@@ -15,8 +15,11 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import DecodeSpec, Generator, build
 from sam.merging import MERGE_VERSION, AdapterDeltas, CustomMerge, Merge, MergeSpec
-from sam.models.base import BaseSpec, Identity, device_of, identify
+from sam.models import sources
+from sam.models.device import device_of
 from sam.models.encoder import EncoderSpec
+from sam.models.identity import Identity, fold_hash, identify
+from sam.models.spec import BaseSpec
 from sam.ner import prompts
 from sam.ner.combine import Rule
 from sam.options import options
@@ -76,7 +79,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     if method.chooser.uses_gold and not all(t.scored for t in targets):
         raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
-    base.check()
+    sources.check(base)
+    fold_hash(base)  # opens the warm start
     device = device_of(config["trainer"]["accelerator"])
     used = sorted({*names, *experts})
     return Plan(

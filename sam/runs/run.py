@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam.console import console, say
-from sam.models.base import Identity, threads
+from sam.models.device import threads
+from sam.models.identity import Identity
 from sam.paths import cache_dir
 from sam.results import (
     PREDICTIONS,

@@ -11,8 +11,10 @@ from sam.errors import SamError
 from sam.experts.data import Recipe
 from sam.experts.train import train_expert
 from sam.generation import DecodeSpec, build
-from sam.models.base import Base, BaseSpec, device_of, load
+from sam.models.base import Base, load
+from sam.models.device import device_of
 from sam.models.encoder import Encoder, EncoderSpec
+from sam.models.spec import BaseSpec
 from sam.tracking import tracked
 
 log = logging.getLogger(__name__)

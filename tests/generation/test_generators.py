@@ -21,7 +21,8 @@ from sam.generation import Auto, Generator, build
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
-from sam.models.base import Base, BaseSpec, load
+from sam.models.base import Base, load
+from sam.models.spec import BaseSpec
 from sam.ner import grammar, parsing
 from tests.generation.models import LIMIT, TEXTS, TYPES, completions, generated, oracle, requests, write_model
 from tests.tiny import one_line, write_adapter, write_base

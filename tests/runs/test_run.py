@@ -22,7 +22,7 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import AdapterDeltas
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
 from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence, parsing
 from sam.ner.combine import combine
