@@ -16,7 +16,7 @@ from sam.models.encoder import Encoder
 from sam.ner import Prediction, Sentence
 from sam.ner.combine import Rule, check_rule, combine
 from sam.ner.scoring import Scores, score
-from sam.selection import Ask, Query, Selection, Selector, check, sampling, selector_of
+from sam.selection import Query, Selection, Selector, check, sampling, selector_of
 
 COMBINED = "combined"
 """The name under which scores hold those of the combined predictions."""
@@ -111,12 +111,8 @@ def select_for(
             return [known[one] for one in asked]
         return engine.predict([expert], SINGLE, asked)
 
-    return method.chooser.choose(query(method, target, engine.pool, encoder, ask))
-
-
-def query(method: Method, target: Target, pool: Pool, encoder: Encoder, ask: Ask) -> Query:
-    """What the selector is given."""
-    return Query(target, pool, method.names, encoder, ask, method.k, method.sample_size, method.seed, method.experts)
+    options = (method.k, method.sample_size, method.seed, method.experts)
+    return method.chooser.choose(Query(target, engine.pool, method.names, encoder, ask, *options))
 
 
 def result(

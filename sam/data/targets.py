@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sam import data as corpora
+from sam.data.files import read_file
+from sam.data.loading import load
 from sam.errors import SamError
 from sam.ner import Sentence, entity_types
 from sam.ner.prompts import fold
@@ -104,8 +105,8 @@ def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Targ
 
 
 def _from_corpus(name: str, part: Mapping[str, Any]) -> Target:
-    sentences, others = (corpora.load(part["dataset"], part[split]) for split in ("split", "unlabelled"))
-    left_out = {s.text for s in corpora.load(part["dataset"], part["without"])} if part.get("without") else set()
+    sentences, others = (load(part["dataset"], part[split]) for split in ("split", "unlabelled"))
+    left_out = {s.text for s in load(part["dataset"], part["without"])} if part.get("without") else set()
     kept = tuple(s for s in sentences if s.text not in left_out)
     own_types = {s.text: s.types for s in (*others, *sentences) if s.types is not None}
     return Target(name, tuple(entity_types(sentences)), kept, tuple(s.text for s in others), own_types)
@@ -124,8 +125,8 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
         raise SamError(
             f"target.types names {odd[0]!r}; a type must be text, without space at its ends or double space in it"
         )
-    sentences = corpora.read_file(Path(config["path"]).expanduser())
-    others = corpora.read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
+    sentences = read_file(Path(config["path"]).expanduser())
+    others = read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
     found = entity_types(sentences)
     if found and not set(found) & set(types):
         raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(found)}")
@@ -142,12 +143,12 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
 
 def mini(dataset: str, name: str | None = None) -> Target:
     """One of the embedded mini targets: ai, literature, music, politics, science, movie, restaurant."""
-    folder = Path(corpora.__file__).parent / "mini"
+    folder = Path(__file__).parent / "mini"
     known = sorted(p.stem for p in folder.glob("*.jsonl"))
     if dataset not in known:
         raise SamError(f"mini target {dataset!r} is unknown; allowed: {', '.join(known)}")
-    sentences = corpora.read_file(folder / f"{dataset}.jsonl")
-    unlabelled = [s.text for s in corpora.read_file(folder / f"{dataset}.unlabelled.txt")]
+    sentences = read_file(folder / f"{dataset}.jsonl")
+    unlabelled = [s.text for s in read_file(folder / f"{dataset}.unlabelled.txt")]
     return Target(name or f"mini_{dataset}", tuple(entity_types(sentences)), tuple(sentences), tuple(unlabelled))
 
 

@@ -36,6 +36,8 @@ OUTER = "self.model."
 """What the IR's names of weights begin with, before the base model's own."""
 MODEL_TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """The architectures whose conversion is tested."""
+WINDOW = 2048
+"""Tokens of the shortest sliding window that no prompt of a sentence, with its completion, is expected to exceed."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def unsupported(config: Any) -> str | None:
     text = config.get_text_config()
     if text.model_type not in MODEL_TYPES:
         return f"its architecture {text.model_type} is none of {', '.join(MODEL_TYPES)}"
+    window = sliding_window(text)
+    if window is not None and window < WINDOW:
+        return f"it attends to a sliding window of {window} tokens, and OpenVINO GenAI to all that came before"
     return None
 
 

@@ -13,7 +13,7 @@ from sam import extend
 from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.generation import DecodeSpec, Generator, build
+from sam.generation import DecodeSpec, Generator, build, check_constrained
 from sam.merging import MERGE_VERSION, AdapterDeltas, CustomMerge, Merge, MergeSpec
 from sam.models import sources
 from sam.models.device import device_of
@@ -89,7 +89,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
         pool=pool,
         method=method,
         decode=decode,
-        generator=build(config["generator"], base, device, decode.max_new_tokens),
+        generator=build(config["generator"], base, device, decode),
         targets=targets,
         experts={name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used},
         settings=json.dumps(config["generator"], sort_keys=True),
@@ -99,11 +99,14 @@ def plan(config: Mapping[str, Any]) -> Plan:
 def identified(planned: Plan) -> Identity:
     """What the base model is, once it is here (converted or downloaded first, which is announced).
 
-    Raises SamError where experts were trained on another one, or on another prompt.
+    Raises SamError where experts were trained on another one, or on another prompt, or where the generator that
+    ``auto`` chooses for it cannot run.
     """
-    found = identify(planned.base)
-    planned.pool.check(found.fingerprint, prompts.PROMPT_VERSION, sorted(planned.experts))
-    return found
+    base = identify(planned.base)
+    planned.pool.check(base.fingerprint, prompts.PROMPT_VERSION, sorted(planned.experts))
+    if planned.decode.constrained:
+        check_constrained(planned.generator)
+    return base
 
 
 def content(planned: Plan, base: Identity) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sam.console import print_table
 from sam.errors import SamError
 from sam.experts.data import Recipe
 from sam.experts.train import train_expert
-from sam.generation import DecodeSpec, build
+from sam.generation import DecodeSpec, build, check_constrained
 from sam.models.base import Base, load
 from sam.models.device import device_of
 from sam.models.encoder import Encoder, EncoderSpec
@@ -22,24 +22,26 @@ log = logging.getLogger(__name__)
 
 def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     """Train ``config['domain']`` into ``config['task']['out']``; returns its mean held-out F1."""
-    from sam import data as corpora
+    from sam.data import spec as dataset_spec
 
     domain, recipe = config["domain"], Recipe.from_config(config["train"])
     decode = DecodeSpec.from_config(config["decode"])
     for dataset in (d for part in domain["domains"] for d in part):
-        if corpora.spec(dataset).role == "open":
+        if dataset_spec(dataset).role == "open":
             raise SamError(
                 f"domain={domain['name']}: {dataset} is mixed in by train.open_sentences, not by domain.domains"
             )
-        if "train" not in corpora.spec(dataset).splits:
+        if "train" not in dataset_spec(dataset).splits:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
     if domain["role"] == "start" and config["base"].get("fold"):
         raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")
     if not isinstance(config["task"]["replace"], bool):
         raise SamError(f"task.replace={config['task']['replace']} must be true or false")
     spec, device = BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"])
-    generator = build(config["generator"], spec, device, decode.max_new_tokens)
+    generator = build(config["generator"], spec, device, decode)
     base: Base = load(spec, device)
+    if decode.constrained:
+        check_constrained(generator)
     with tracked(config, folder, group, name=f"train {domain['name']}") as run:
         logger: Any = False
         if run is not None:

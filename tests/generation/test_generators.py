@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.generation import Auto, Generator, build
+from sam.generation import Auto, DecodeSpec, Generator, build, check_constrained
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
@@ -267,6 +268,39 @@ def test_openvino_leaves_other_models_to_transformers(
     assert [m for m in caplog.messages if "gpt2" in m and "transformers" in m]
 
 
+@pytest.mark.parametrize(
+    ("kind", "window", "chosen"), [("mistral", 512, False), ("gemma3", 512, False), ("gemma3", 4096, True)]
+)
+def test_auto_leaves_a_short_sliding_window_to_transformers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, window: int, chosen: bool
+) -> None:
+    spec = BaseSpec(f"{kind}_{window}", "local", location=str(write_model(tmp_path, kind, sliding_window=window)))
+    with caplog.at_level("INFO"):
+        assert isinstance(Auto(spec, "cpu", 8, 4, "auto").chosen, OpenVINOGenerator) is chosen
+    assert [f"sliding window of {window}" in message for message in caplog.messages] == ([] if chosen else [True])
+
+
+def test_a_missing_grammar_package_is_noticed_before_a_model_is_loaded(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GPT2Config
+
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    spec, constrained = BaseSpec("x", "local", location=str(tmp_path / "nowhere")), DecodeSpec(8, True)
+    config = {"_target_": "sam.generation.transformers.TransformersGenerator", "batch_size": 4, "precision": "auto"}
+    with pytest.raises(SamError) as error:
+        build(config, spec, "cpu", constrained)
+    assert "needs xgrammar; install it with: pip install 'sam-ner[grammar]'" in one_line(error)
+    build(config, spec, "cpu", DecodeSpec(8, False))
+    auto = {**config, "_target_": "sam.generation.Auto"}
+    GPT2Config().save_pretrained(str(tmp_path / "gpt2"))
+    (tmp_path / "gpt2" / "model.safetensors").touch()
+    other = build(auto, BaseSpec("x", "local", location=str(tmp_path / "gpt2")), "cpu", constrained)
+    with pytest.raises(SamError, match="needs xgrammar"):
+        check_constrained(other)
+    check_constrained(build(auto, BaseSpec("tiny", "local", location=str(tiny_base)), "cpu", constrained))
+
+
 def test_keys_hold_what_can_change_a_completion(tiny_spec: BaseSpec) -> None:
     keys = [
         OpenVINOGenerator(tiny_spec, "cpu", 8, precision="fp32").key(),
@@ -302,7 +336,7 @@ def test_mistakes_in_the_config_are_one_line(
 ) -> None:
     given = {"_target_": "sam.generation.openvino.OpenVINOGenerator", **config}
     with pytest.raises(SamError) as error:
-        build(given, tiny_spec, "cpu", 8)
+        build(given, tiny_spec, "cpu", DecodeSpec(8, False))
     assert all(part in one_line(error) for part in named)
 
 
