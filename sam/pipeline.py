@@ -54,6 +54,14 @@ class Method:
         """The selector itself."""
         return self.custom_selector or selector_of(self.selector)
 
+    @property
+    def largest(self) -> int | None:
+        """The most experts that one task model merges; None where only the selector knows."""
+        if self.custom_selector is not None:
+            return None
+        sizes = {"named": len(self.experts), "each": 1, "none": 0} | dict.fromkeys(("all", "all_each"), len(self.names))
+        return sizes.get(self.selector, self.k)
+
     def check(self, pool: Pool) -> None:
         """Raises SamError for what cannot be run, before anything is loaded."""
         self.merge.validate()
@@ -139,7 +147,7 @@ def _sample(
     method: Method, targets: Sequence[Target], engine: Engine, progress: Progress
 ) -> dict[str, dict[Asked, Prediction]]:
     """What each expert alone predicts on the sentences that sampling evaluation draws from all targets."""
-    if not method.chooser.uses_sample:
+    if "sample_size" not in method.chooser.uses:
         return {}
     drawn = [
         (target.types_of_text(target.unlabelled[i]), target.unlabelled[i])

@@ -180,7 +180,7 @@ def test_a_selector_sees_gold_only_if_it_says_so(hash_encoder: HashEncoder, shar
     query = Query(target, shared_pool, shared_pool.names, hash_encoder, none, 3, 1, 0)
     for flags, seen in (({}, False), ({"uses_gold": True}, True)):
         name, chooser = selector_from({"_target_": "tests.fakes.gold_of", "name": "mine", **flags})
-        assert chooser is not None and chooser.uses_gold is seen and not chooser.uses_k
+        assert chooser is not None and chooser.uses == {"names"} | ({"gold"} if seen else set())
         assert set(chooser.choose(query)) == {"gold" if seen else "blind"}
         assert name.startswith("tests.fakes.gold_of ")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from sam.ner.combine import Rule
 from sam.options import options
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
-from sam.selection import Selector, custom
+from sam.selection import Selector, custom, selector_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     @property
     def uses_encoder(self) -> bool:
         """Whether sentences are embedded."""
-        return self.method.chooser.uses_encoder or self.method.custom_selector is not None
+        return "encoder" in self.method.chooser.uses or self.method.custom_selector is not None
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
@@ -60,7 +60,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     experts = [] if chooser else listed(config["selector"]["experts"])
     rule, combiner = rule_from(config["combine"])
     only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
-    names = [] if selector == "none" else pool_names(pool, only, exclude)  # the base alone runs beside any pool
+    uses = (chooser or selector_of(selector)).uses
+    names = pool_names(pool, only, exclude) if "names" in uses else []
     method = Method(
         merge=merge,
         names=tuple(names),
@@ -76,7 +77,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
     method.check(pool)
     _check_weights(method)
     targets = load_targets(config["target"], config["limit"], config["limit_seed"])
-    if method.chooser.uses_gold and not all(t.scored for t in targets):
+    if "gold" in method.chooser.uses and not all(t.scored for t in targets):
         raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
     sources.check(base)
@@ -111,24 +112,39 @@ def identified(planned: Plan) -> Identity:
 
 def content(planned: Plan, base: Identity) -> dict[str, Any]:
     """All that a result depends on, by content: no path, and no setting that cannot change what is extracted."""
-    method = {f.name: getattr(planned.method, f.name) for f in fields(Method) if not f.name.startswith("custom_")}
-    method["merge"] = planned.method.merge.canonical()
-    cards = planned.pool.cards
     data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
     return {
         "schema": SCHEMA,
         "prompt": prompts.PROMPT_VERSION,
         "scores": SCORES_VERSION,
         "merging": MERGE_VERSION,
-        "method": method,
+        "method": _method_content(planned.method),
         "decode": asdict(planned.decode),
         "generator": planned.generator.key(),
         "base": [base.fingerprint, base.settings, planned.base.dtype],
         "encoder": planned.encoder.identity if planned.uses_encoder else None,
-        "experts": {n: [weights, cards[n].encoder, cards[n].centroid] for n, weights in planned.experts.items()},
+        "experts": {name: [weights, *_centroid(planned, name)] for name, weights in planned.experts.items()},
         "targets": hashlib.sha256(data.encode()).hexdigest(),
         "versions": versions(),
     }
+
+
+def _method_content(method: Method) -> dict[str, Any]:
+    """What of the method can change a result: the options that its selector uses, and the merge where one is made."""
+    options = ("names", "k", "sample_size", "seed", "experts")
+    used = options if method.custom_selector else [option for option in options if option in method.chooser.uses]
+    merges = method.largest is None or method.largest > 1
+    return {
+        "selector": method.selector,
+        "rule": method.rule,
+        "merge": method.merge.canonical() if merges else None,
+        **{option: getattr(method, option) for option in used},
+    }
+
+
+def _centroid(planned: Plan, name: str) -> list[Any]:
+    card = planned.pool.cards[name]
+    return [card.encoder, card.centroid] if planned.uses_encoder else []
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
@@ -197,9 +213,6 @@ def _check_weights(method: Method) -> None:
         raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
     if method.selector == "none":
         raise SamError("merge.weights fits no selector=none, which merges nothing; remove one of the two")
-    sizes = {"named": len(method.experts), "all": len(method.names), "each": 1}
-    chosen = sizes.get(method.selector, method.k)
-    if len(method.merge.weights) != chosen:
-        raise SamError(
-            f"merge.weights has {len(method.merge.weights)} values for {chosen} experts; give one per expert"
-        )
+    size = method.largest or method.k
+    if len(method.merge.weights) != size:
+        raise SamError(f"merge.weights has {len(method.merge.weights)} values for {size} experts; give one per expert")

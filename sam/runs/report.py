@@ -33,7 +33,7 @@ def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, A
     return {
         "n": len(target.sentences),
         "types": list(target.types),
-        "labels_used_for_selection": method.chooser.uses_gold,
+        "labels_used_for_selection": "gold" in method.chooser.uses,
         "selections": {name: s.to_dict() for name, s in result.selections.items()},
         "models": models,
         "combined": {"rule": method.rule, "scores": scores.get(COMBINED)},
@@ -114,7 +114,7 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
     note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
     config = result["config"]
     name = config["selector"]["name"]
-    used = name not in SELECTORS or SELECTORS[name].uses_k
+    used = name not in SELECTORS or "k" in SELECTORS[name].uses
     several = any(len(m["experts"]) > 1 for t in result["targets"].values() for m in t["models"].values())
     shown = [f"selector={name}"]
     shown += [f"merge={config['merge']['name']}"] * several + [f"k={config['k']}"] * used

@@ -95,7 +95,7 @@ def run(
         return float(done["overall"]["f1"] if done["overall"] else "nan")
     # An older result of another config must not pass for this one's while it runs, or if it is killed.
     write_status(folder, "running", overrides, config=own)
-    with tracked(config, folder, group, name=" ".join(overrides) or "run") as tracker:
+    with tracked(own, folder, group, name=" ".join(overrides) or "run") as tracker:
         (folder / RESULT).unlink(missing_ok=True)
         result, rows = run_targets(planned, base, models or Models(), config["completions"] == "fresh")
         result = {**provenance(own, digest, overrides, planned, base), **result}

@@ -22,6 +22,7 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import AdapterDeltas
+from sam.models.identity import Identity
 from sam.models.spec import BaseSpec
 from sam.module import SamModule
 from sam.ner import Mention, Prediction, Sentence, parsing
@@ -29,7 +30,7 @@ from sam.ner.combine import combine
 from sam.ner.scoring import score
 from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
-from sam.runs.plan import identified, plan
+from sam.runs.plan import content, content_hash, identified, plan
 from sam.runs.run import Models, run
 from tests.fakes import FakeGenerator
 from tests.tiny import HashEncoder, make_card, one_line
@@ -172,6 +173,26 @@ def test_another_question_is_run_again(
     old = result_of(tmp_path / "r")["config_hash"]
     assert again(monkeypatch, composed(override), tmp_path / "r")
     assert result_of(tmp_path / "r")["config_hash"] != old
+
+
+@pytest.mark.parametrize(
+    ("selector", "ignored"),
+    [
+        (["selector=none"], ["k=1", "sample_size=2", "seed=1", "merge=linear", "experts.exclude=[news]"]),
+        (["selector=all"], ["k=1", "sample_size=2", "seed=1"]),
+        (["selector=each"], ["k=1", "seed=1", "merge=linear"]),
+        (["selector=unified"], ["k=1", "seed=1", "merge=linear", "experts.exclude=[news]"]),
+        (["selector=domain"], ["sample_size=2"]),
+        (["selector=random", "k=1"], ["sample_size=2", "merge=linear"]),
+    ],
+)
+def test_what_a_selector_ignores_is_not_in_the_hash(composed: Compose, selector: list[str], ignored: list[str]) -> None:
+    def digest(*overrides: str) -> str:
+        planned = plan(composed(*selector, *overrides))
+        return content_hash(content(planned, Identity("base", "settings")))
+
+    assert {digest(override) for override in ignored} == {digest()}
+    assert digest("combine=vote") != digest() != digest("limit=5")
 
 
 def test_another_expert_is_run_again(

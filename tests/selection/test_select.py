@@ -183,7 +183,7 @@ def test_the_oracle_sees_gold_and_no_other_does(query: MakeQuery) -> None:
     assert found.experts == ("dog", "bee")
     assert found.scores == pytest.approx({"dog": 1, "bee": 2 / 3, "ant": 0, "cat": 0}, abs=1e-6)
     assert "gold" in found.details["by"]
-    assert [name for name, selector in SELECTORS.items() if selector.uses_gold] == ["oracle"]
+    assert [name for name, selector in SELECTORS.items() if "gold" in selector.uses] == ["oracle"]
 
 
 @pytest.mark.parametrize("name", [n for n in SELECTORS if n != "oracle"])
@@ -232,6 +232,20 @@ def test_what_cannot_be_selected_is_refused(
         check(name, selector_of(name), k, sample_size, NAMES, query().pool, experts)
     message = one_line(error)
     assert all(part in message for part in named)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selection_depends_on_nothing_but_what_its_selector_uses(query: MakeQuery, name: str) -> None:
+    """What is not used is left out of a result's hash."""
+    usual: dict[str, Any] = {"k": 2, "sample_size": 2, "seed": 0, "experts": ("ant",), "names": NAMES}
+    other = {"k": 1, "sample_size": 1, "seed": 5, "experts": ("bee",), "names": NAMES[1:]}
+    unused = {option: value for option, value in other.items() if option not in SELECTORS[name].uses}
+    encoder = FixedEncoder() if "encoder" in SELECTORS[name].uses else Unused()
+    choose = SELECTORS[name].choose
+    assert choose(query(answer, encoder, **usual)) == choose(query(answer, encoder, **usual | unused))
+    for option in SELECTORS[name].uses & {"k", "names", "experts"}:
+        changed = {**usual, option: other[option]}
+        assert choose(query(answer, encoder, **usual)) != choose(query(answer, encoder, **changed)), option
 
 
 def test_what_a_selector_does_not_use_is_not_checked(query: MakeQuery) -> None:
