@@ -20,9 +20,9 @@ from experiments.comparison import Comparison, Row, counts_of
 from sam.data.targets import load_targets
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner import Pair, Sentence
 from sam.ner.prompts import fold
 from sam.ner.scoring import gold_pairs
+from sam.types import Pair, Sentence
 
 Gold = Mapping[str, Mapping[str, Sentence]]
 """Target -> id -> sentence."""

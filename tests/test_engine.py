@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from sam.merging import AdapterDeltas, MergeSpec, merge_modules, merged
 from sam.models.base import Base
 from sam.models.identity import Identity
 from sam.models.spec import BaseSpec
-from sam.ner import Prediction, parsing, prompts
+from sam.ner import parsing, prompts
+from sam.ner.task import NER
+from sam.task import Task
+from sam.types import Prediction
 from tests.fakes import FakeGenerator, numbered
 from tests.generation.models import oracle
 
@@ -48,9 +52,11 @@ def cache(tmp_path: Path) -> CompletionCache:
 def engine(pool: Pool) -> MakeEngine:
     """An engine with a fake generator; without a cache nothing outlives it."""
 
-    def make(cache: CompletionCache | None = None, constrained: bool = False, **options: Any) -> Engine:
+    def make(
+        cache: CompletionCache | None = None, constrained: bool = False, task: Task = NER, **options: Any
+    ) -> Engine:
         generator = FakeGenerator(numbered, **options)
-        return Engine(pool, generator, cache or CompletionCache(None), BASE, constrained)
+        return Engine(pool, generator, cache or CompletionCache(None), BASE, task, constrained)
 
     return make
 
@@ -77,7 +83,7 @@ def test_predictions_are_those_of_the_merge_by_hand(
     with merged(tiny.model, merge_modules(adapters, names, merge)):
         by_hand = [oracle(tiny, Request(prompts.prefix(TYPES), prompts.suffix(text)), 8) for text in TEXTS]
     generator = TransformersGenerator(tiny_spec, "cpu", 8, 2)
-    found = Engine(pool, generator, CompletionCache(None), BASE).predict(names, merge, asked())
+    found = Engine(pool, generator, CompletionCache(None), BASE, NER).predict(names, merge, asked())
     assert found == [parsing.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
 
 
@@ -168,12 +174,9 @@ def test_types_of_one_prompt_and_other_grammars_share_only_free_completions(
         assert again.counts["reused"] == reused
 
 
-def test_a_completion_is_not_reused_for_another_prompt(
-    engine: MakeEngine, cache: CompletionCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_completion_is_not_reused_for_another_prompt(engine: MakeEngine, cache: CompletionCache) -> None:
     engine(cache).predict(["news"], SINGLE, asked())
-    monkeypatch.setattr(prompts, "PROMPT_VERSION", "another")
-    again = engine(cache)
+    again = engine(cache, task=replace(NER, version="another"))
     again.predict(["news"], SINGLE, asked())
     assert counts(again) == {"generated": 4, "reused": 0}
 

@@ -19,11 +19,12 @@ from sam.generation import CompletionCache
 from sam.merging import MergeSpec
 from sam.models.identity import Identity
 from sam.module import SamModule
-from sam.ner import Mention, Prediction, Sentence
 from sam.ner.combine import combine
 from sam.ner.scoring import score
+from sam.ner.task import NER
 from sam.pipeline import Method
 from sam.selection import Query, domain, sampling
+from sam.types import Mention, Prediction, Sentence
 from tests.fakes import FakeGenerator, Reply, capitals, numbered
 from tests.tiny import HashEncoder, one_line
 
@@ -49,7 +50,7 @@ def pool(shared_pool: Pool) -> Pool:
 @pytest.fixture
 def make(pool: Pool) -> MakeModule:
     def module(target: Target = TARGET, reply: Reply = numbered, **options: Any) -> SamModule:
-        engine = Engine(pool, FakeGenerator(reply), CompletionCache(None), Identity("f", "s"))
+        engine = Engine(pool, FakeGenerator(reply), CompletionCache(None), Identity("f", "s"), NER)
         settings: dict[str, Any] = {"k": 2, "sample_size": 3, "merge": TIES, "names": tuple(pool.names), **options}
         return SamModule(engine, HashEncoder(), target, Method(**settings))
 

@@ -20,7 +20,7 @@ from sam.experts.data import OPEN
 from sam.models.base import Base, load
 from sam.models.encoder import Encoder
 from sam.models.spec import BaseSpec
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 from tests.fakes import FakeGenerator, capitals
 from tests.tiny import HashEncoder
 

@@ -21,8 +21,9 @@ from sam.generation.transformers import TransformersGenerator
 from sam.launch import compose
 from sam.merging import AdapterDeltas, MergeSpec, merge_modules
 from sam.models.spec import BaseSpec
-from sam.ner import Sentence, grammar, parsing
+from sam.ner import grammar, parsing
 from sam.ner.scoring import gold_pairs
+from sam.types import Sentence
 
 SENTENCES = 200
 REAL = ("ai", "literature", "music", "politics", "science")

@@ -12,7 +12,7 @@ from typing import Any
 
 from sam.data.readers.base import join_tokens, tag_spans
 from sam.errors import SamError
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 log = logging.getLogger(__name__)
 

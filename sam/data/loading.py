@@ -13,7 +13,7 @@ from sam.data.catalogue import DatasetSpec, spec
 from sam.data.download import fetch_all
 from sam.data.readers import Draft, Source
 from sam.errors import SamError
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 log = logging.getLogger(__name__)
 

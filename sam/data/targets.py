@@ -12,9 +12,9 @@ from typing import Any
 from sam.data.files import read_file
 from sam.data.loading import load
 from sam.errors import SamError
-from sam.ner import Sentence, entity_types
 from sam.ner.prompts import fold
 from sam.seeding import rng
+from sam.types import Sentence, entity_types
 
 log = logging.getLogger(__name__)
 

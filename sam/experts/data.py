@@ -22,9 +22,10 @@ from sam import data as corpora
 from sam.errors import SamError
 from sam.experts.detokenise import detokenised
 from sam.experts.packing import MOST, Batch, Example, collate
-from sam.ner import Sentence, entity_types, prompts
+from sam.ner import prompts
 from sam.options import options
 from sam.seeding import rng
+from sam.types import Sentence, entity_types
 
 log = logging.getLogger(__name__)
 

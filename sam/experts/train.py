@@ -29,11 +29,12 @@ from sam.generation import Generator
 from sam.models.base import Base
 from sam.models.device import multiplies_bf16
 from sam.models.encoder import Encoder
-from sam.ner import Sentence, entity_types, grammar, parsing, prompts
+from sam.ner import grammar, parsing, prompts
 from sam.ner.scoring import Scores, score
 from sam.paths import staged
 from sam.results import versions
 from sam.seeding import rng
+from sam.types import Sentence, entity_types
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from sam.ner.prompts import fold
-from sam.ner.types import Mention, Pair
+from sam.types import Mention, Pair
 
 
 def align(text: str, pairs: Iterable[Pair]) -> tuple[Mention, ...]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sam.errors import SamError
-from sam.ner import Pair, Prediction
 from sam.ner.alignment import locate
+from sam.task import Rule
+from sam.types import Pair, Prediction
 
 NEEDED = 2
 """The voices that a pair needs under the rule ``vote``."""
-
-Rule = Callable[[Sequence[Prediction], Sequence[int]], tuple[Pair, ...]]
 
 
 def _union(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sam.ner.alignment import locate
 from sam.ner.prompts import fold
-from sam.ner.types import Pair, Prediction
+from sam.types import Pair, Prediction
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from sam.ner.types import Sentence
+from sam.types import Sentence
 
 PROMPT_VERSION = "1"
 """Part of every completion's key: raise it with every change to what a model is shown."""
@@ -33,11 +33,6 @@ def suffix(text: str) -> str:
     prompt. Answers therefore hold folded texts, and ``align`` finds them in the raw text all the same.
     """
     return f" {fold(text)}\nEntities:"
-
-
-def render(types: Sequence[str], text: str) -> str:
-    """The whole prompt for one sentence: ``prefix`` and ``suffix``."""
-    return prefix(types) + suffix(text)
 
 
 def answer(sentence: Sentence, types: Sequence[str]) -> str:

@@ -20,12 +20,12 @@ from sam.models.device import device_of
 from sam.models.encoder import EncoderSpec
 from sam.models.identity import Identity, fold_hash, identify
 from sam.models.spec import BaseSpec
-from sam.ner import prompts
-from sam.ner.combine import Rule
+from sam.ner.task import NER
 from sam.options import options
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
 from sam.selection import Selector, custom, selector_of
+from sam.task import Rule, Task
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Plan:
     targets: list[Target]
     experts: dict[str, str]
     settings: str
+    task: Task
 
     @property
     def uses_encoder(self) -> bool:
@@ -74,7 +75,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
         custom_selector=chooser,
         custom_rule=combiner,
     )
-    method.check(pool)
+    method.check(pool, NER)
     _check_weights(method)
     targets = load_targets(config["target"], config["limit"], config["limit_seed"])
     if "gold" in method.chooser.uses and not all(t.scored for t in targets):
@@ -94,6 +95,7 @@ def plan(config: Mapping[str, Any]) -> Plan:
         targets=targets,
         experts={name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used},
         settings=json.dumps(config["generator"], sort_keys=True),
+        task=NER,
     )
 
 
@@ -104,7 +106,7 @@ def identified(planned: Plan) -> Identity:
     ``auto`` chooses for it cannot run.
     """
     base = identify(planned.base)
-    planned.pool.check(base.fingerprint, prompts.PROMPT_VERSION, sorted(planned.experts))
+    planned.pool.check(base.fingerprint, planned.task.version, sorted(planned.experts))
     if planned.decode.constrained:
         check_constrained(planned.generator)
     return base
@@ -115,7 +117,7 @@ def content(planned: Plan, base: Identity) -> dict[str, Any]:
     data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
     return {
         "schema": SCHEMA,
-        "prompt": prompts.PROMPT_VERSION,
+        "prompt": planned.task.version,
         "scores": SCORES_VERSION,
         "merging": MERGE_VERSION,
         "method": _method_content(planned.method),

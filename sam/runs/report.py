@@ -8,10 +8,12 @@ from typing import Any
 
 from sam.console import print_table, say
 from sam.engine import Engine
-from sam.ner import Mention, Prediction, prompts
+from sam.generation import Request
 from sam.pipeline import COMBINED, Method, TargetResult
 from sam.results import PREDICTIONS, RESULT, peak_memory_mb
 from sam.selection.select import SELECTORS
+from sam.task import Task
+from sam.types import Mention, Prediction
 
 MAIN = ("precision", "recall", "f1", "span_f1")
 
@@ -41,7 +43,7 @@ def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, A
     }
 
 
-def prediction_rows(result: TargetResult) -> list[dict[str, Any]]:
+def prediction_rows(result: TargetResult, task: Task) -> list[dict[str, Any]]:
     """One target's lines of ``predictions.jsonl``, in the order of its sentences."""
     target = result.target
     return [
@@ -50,7 +52,7 @@ def prediction_rows(result: TargetResult) -> list[dict[str, Any]]:
             "id": s.id,
             "text": s.text,
             "gold": None if s.mentions is None else [_mention(m) for m in s.mentions],
-            "prompt": prompts.render(target.types_of(s), s.text),
+            "prompt": _prompt(task.request(target.types_of(s), s.text, False)),
             "models": {
                 name: {"answer": found[s.id].answer, **_found(found[s.id])}
                 for name, found in result.predictions.items()
@@ -59,6 +61,10 @@ def prediction_rows(result: TargetResult) -> list[dict[str, Any]]:
         }
         for s in target.sentences
     ]
+
+
+def _prompt(request: Request) -> str:
+    return request.prefix + request.suffix
 
 
 def _mention(mention: Mention) -> list[Any]:

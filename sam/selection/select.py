@@ -14,6 +14,7 @@ from sam.seeding import rng
 from sam.selection import domain, oracle, sampling
 from sam.selection.sampling import Ask
 from sam.selection.types import Ranking, Selection
+from sam.task import Task
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Query:
     pool: Pool
     names: Sequence[str]
     encoder: Encoder
+    task: Task
     ask: Ask
     k: int
     sample_size: int
@@ -106,7 +108,7 @@ def _named(query: Query) -> dict[str, Selection]:
 
 
 def _oracle(query: Query) -> dict[str, Selection]:
-    ranking = oracle.rank(query.target.scored, query.names, query.ask, (query.seed, query.target.name))
+    ranking = oracle.rank(query.target.scored, query.names, query.ask, query.task, (query.seed, query.target.name))
     return {"oracle": Selection.top("oracle", ranking, query.k)}
 
 

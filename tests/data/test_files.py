@@ -8,7 +8,7 @@ import pytest
 
 from sam.data import read_file
 from sam.errors import SamError
-from sam.ner import Mention
+from sam.types import Mention
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:

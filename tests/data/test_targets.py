@@ -12,7 +12,7 @@ from sam import data as corpora
 from sam.data.targets import MISC, load_targets, mini
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 from tests.tiny import one_line
 
 MINI = ("ai", "literature", "movie", "music", "politics", "restaurant", "science")

@@ -26,7 +26,8 @@ from sam.experts.data import (
 )
 from sam.experts.detokenise import detokenised
 from sam.models.base import Base
-from sam.ner import Mention, Sentence, parsing, prompts
+from sam.ner import parsing, prompts
+from sam.types import Mention, Sentence
 from tests.tiny import config, one_line
 from tests.toy_training import toy, use_toys
 
@@ -119,7 +120,7 @@ def test_batch_is_the_prompts_and_the_answers_to_the_types_they_name(tiny: Base)
         names = asked(shown[0][0])
         assert set(names) <= set(TYPES) and len(names) == len(set(names))
         for sentence, (prompt, answer), example in zip((SENTENCE, second), shown, batch.examples, strict=True):
-            assert prompt == prompts.render(names, sentence.text)
+            assert prompt == prompts.prefix(names) + prompts.suffix(sentence.text)
             assert answer == prompts.answer(sentence, names)
             assert {t for t, _ in parsing.parse(answer).pairs} == {t for t, _ in sentence.pairs} & set(names)
             assert example.ids[-1] == 0

@@ -27,8 +27,8 @@ from sam.experts import Card, ExpertModule, Pool, Recipe, train
 from sam.experts.train import auto_precision, draw_heldout, recipe_hash
 from sam.merging import AdapterDeltas
 from sam.models.base import Base
-from sam.ner import Mention, Sentence
 from sam.ner.prompts import PROMPT_VERSION, answer
+from sam.types import Mention, Sentence
 from tests.fakes import FakeGenerator
 from tests.tiny import one_line
 from tests.toy_training import RECIPE, STEPS, arrange, run, toy, use_toys

@@ -3,9 +3,9 @@ import itertools
 import pytest
 
 from sam.errors import SamError
-from sam.ner import Mention, Prediction
 from sam.ner.combine import RULES, combine
 from sam.ner.parsing import predict
+from sam.types import Mention, Prediction
 from tests.tiny import written
 
 TEXT = "Ada of New York met Bob"

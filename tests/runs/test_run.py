@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import sam.runs.run
 from sam import launch
 from sam.data.targets import mini
-from sam.engine import Engine
+from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
@@ -25,13 +25,14 @@ from sam.merging import AdapterDeltas
 from sam.models.identity import Identity
 from sam.models.spec import BaseSpec
 from sam.module import SamModule
-from sam.ner import Mention, Prediction, Sentence, parsing
+from sam.ner import parsing
 from sam.ner.combine import combine
 from sam.ner.scoring import score
 from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
 from sam.runs.plan import content, content_hash, identified, plan
 from sam.runs.run import Models, run
+from sam.types import Mention, Prediction, Sentence
 from tests.fakes import FakeGenerator
 from tests.tiny import HashEncoder, make_card, one_line
 
@@ -229,9 +230,12 @@ def test_jobs_of_one_process_share_what_they_can(
     assert engine_after("k=1", "seed=1").pool.cards["news"].centroid == flipped
     settings = json.loads((pool.path / "news" / "adapter_config.json").read_text())
     settings["lora_alpha"] *= 2
+    latest = models._engine
+    assert latest is not None
+    before = latest.key(["news"], SINGLE)
     (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
-    second = engine_after("seed=2")
-    assert engine_after("seed=3") is second is not first
+    assert engine_after("seed=2") is engine_after("selector=unified") is latest
+    assert latest.key(["news"], SINGLE) != before, "adapters are read again"
     monkeypatch.setattr(FakeGenerator, "generate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine_after("seed=4")
@@ -309,7 +313,7 @@ def test_lightning_gives_the_numbers_of_a_run(composed: Compose, tmp_path: Path)
     planned = plan(composed())
     run(composed(), tmp_path / "r")
     expected = result_of(tmp_path / "r")["targets"]["mini_movie"]
-    engine = Engine(planned.pool, planned.generator, CompletionCache(None), identified(planned))
+    engine = Engine(planned.pool, planned.generator, CompletionCache(None), identified(planned), planned.task)
     module = SamModule(engine, HashEncoder(), planned.targets[0], planned.method)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.test(module, verbose=False)

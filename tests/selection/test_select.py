@@ -14,9 +14,10 @@ from sam.data.targets import Target
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.models.encoder import SHIPPED, Encoder, EncoderSpec
-from sam.ner import Mention, Pair, Prediction, Sentence
+from sam.ner.task import NER
 from sam.selection import Query, selector_of
 from sam.selection.select import SELECTORS, check
+from sam.types import Mention, Pair, Prediction, Sentence
 from tests.tiny import make_card, one_line
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -76,7 +77,7 @@ def query(tmp_path: Path) -> MakeQuery:
 
     def make(ask: Any = unlabelled_only, encoder: Encoder | None = None, **options: Any) -> Query:
         settings: dict[str, Any] = {"target": TARGET, "names": NAMES, "k": 2, "sample_size": 2, "seed": 0, **options}
-        return Query(pool=pool, encoder=encoder or FixedEncoder(), ask=ask, **settings)
+        return Query(pool=pool, encoder=encoder or FixedEncoder(), task=NER, ask=ask, **settings)
 
     return make
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sam.data.readers.base import Draft, Source, tag_spans
-from sam.ner import Mention
+from sam.types import Mention
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sam.data.readers.base import Draft, Source
 from sam.errors import SamError
-from sam.ner import Mention
+from sam.types import Mention
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The nouns of named entity recognition: what a mention and a sentence are.
+"""Sentences, mentions and predictions: the values that packages hand to one another.
 
 Offsets count characters (Python string indices), end exclusive.
 """
