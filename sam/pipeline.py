@@ -39,11 +39,11 @@ class Method:
 
     merge: Merge
     names: tuple[str, ...]
-    selector: str = "sam"
-    k: int = 3
-    sample_size: int = 10
-    rule: str = "union"
-    seed: int = 0
+    selector: str
+    k: int
+    sample_size: int
+    rule: str
+    seed: int
     experts: tuple[str, ...] = ()
     custom_selector: Selector | None = None
     custom_rule: Rule | None = None

@@ -82,7 +82,7 @@ def test_predictions_are_those_of_the_merge_by_hand(
     adapters = [AdapterDeltas.open(pool.folder(name)) for name in names]
     with merged(tiny.model, merge_modules(adapters, names, merge)):
         by_hand = [oracle(tiny, Request(prompts.prefix(TYPES), prompts.suffix(text)), 8) for text in TEXTS]
-    generator = TransformersGenerator(tiny_spec, "cpu", 8, 2)
+    generator = TransformersGenerator(tiny_spec, "cpu", 8, 2, "auto")
     found = Engine(pool, generator, CompletionCache(None), BASE, NER).predict(names, merge, asked())
     assert found == [parsing.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
 

@@ -30,8 +30,8 @@ class DecodeSpec:
     """``max_new_tokens`` limits a completion. ``constrained``: only completions in the prompt's own syntax, of the
     requested types and of texts of the sentence, can be generated (:mod:`sam.ner.grammar`)."""
 
-    max_new_tokens: int = 160
-    constrained: bool = False
+    max_new_tokens: int
+    constrained: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:

@@ -39,9 +39,7 @@ class OpenVINOGenerator:
     that is killed leaves a temporary folder of links.
     """
 
-    def __init__(
-        self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int = 64, precision: str = "auto"
-    ) -> None:
+    def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
         """``precision``: ``fp32``, ``bf16``, or ``auto``: bf16 where the processor has it, else fp32."""
         check_precision(precision)
         if torch.device(device).type != "cpu":

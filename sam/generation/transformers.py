@@ -20,9 +20,7 @@ from sam.models.spec import BaseSpec
 class TransformersGenerator:
     """Left-padded batches of prompts of similar length; the merged weights replace the base model's in place."""
 
-    def __init__(
-        self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int = 16, precision: str = "auto"
-    ) -> None:
+    def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
         """``precision``: ``fp32``, ``bf16``, or ``auto`` for the base model's own."""
         check_precision(precision)
         self.spec, self.device = spec, device

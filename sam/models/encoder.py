@@ -24,9 +24,9 @@ class EncoderSpec:
     name: str
     source: str
     location: str
-    sha256: str | None = None
-    install: str | None = None
-    revision: str | None = None
+    sha256: str | None
+    install: str | None
+    revision: str | None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> EncoderSpec:

@@ -309,6 +309,11 @@ def test_a_plan_holds_the_method_of_its_config(composed: Compose) -> None:
     assert (method.k, method.sample_size, method.seed, method.merge.name) == (1, 4, 5, "ties")
 
 
+def test_the_default_method_is_that_of_the_paper(composed: Compose) -> None:
+    method = plan(composed()).method
+    assert (method.selector, method.merge.name, method.rule) == ("sam", "ties", "union")
+
+
 def test_lightning_gives_the_numbers_of_a_run(composed: Compose, tmp_path: Path) -> None:
     planned = plan(composed())
     run(composed(), tmp_path / "r")

@@ -35,7 +35,7 @@ class FixedEncoder(Encoder):
     """Every text lies nearest to dog, then cat, bee, ant."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", SHIPPED[1], None, None))
 
     def embed(self, texts: Sequence[str]) -> Any:
         return np.array([[0.1, 0.2, 0.3, 0.4]] * len(texts)) / np.sqrt(0.3)
@@ -45,7 +45,7 @@ class Unused(Encoder):
     """Fails if it is looked at."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", SHIPPED[1], None, None))
 
     def embed(self, texts: Sequence[str]) -> Any:
         raise AssertionError("this selector has no use for the encoder")
