@@ -96,7 +96,7 @@ def test_models_differ(engine: MakeEngine) -> None:
         (["news", "stem"], TIES),
         ([], SINGLE),
     ]
-    found = {tuple(p.answer for p in one.predict(experts, merge, asked())) for experts, merge in models}
+    found = {tuple(p.completion for p in one.predict(experts, merge, asked())) for experts, merge in models}
     assert len(found) == len(set(fake(one).loads)) == 5
 
 
@@ -274,7 +274,7 @@ def test_requests_of_several_targets_at_once_are_answered_as_one_by_one(engine: 
     found = one.predict(["news", "stem"], TIES, several)
     assert counts(one) == {"generated": 3, "reused": 0}
     by_one: list[Prediction] = [engine().predict(["news", "stem"], TIES, [each])[0] for each in several]
-    assert found == by_one and len({p.answer for p in found}) == 3
+    assert found == by_one and len({p.completion for p in found}) == 3
 
 
 def test_unknown_and_repeated_experts_are_refused(engine: MakeEngine) -> None:

@@ -205,6 +205,6 @@ def test_the_base_alone_is_a_task_model_without_experts(make: MakeModule) -> Non
     module = make(selector="none")
     trainer().predict(module, return_predictions=False)
     assert {name: s.experts for name, s in module.selections.items()} == {"none": ()}
-    assert [module.predictions["none"][s.id].answer for s in SENTENCES] == [
+    assert [module.predictions["none"][s.id].completion for s in SENTENCES] == [
         numbered(0, TYPES, s.text) for s in SENTENCES
     ]

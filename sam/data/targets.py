@@ -12,7 +12,7 @@ from typing import Any
 from sam.data.files import read_file
 from sam.data.loading import load
 from sam.errors import SamError
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
 from sam.seeding import rng
 from sam.types import Sentence, entity_types
 
@@ -117,21 +117,23 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
     if not types:
         raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
     if not config["path"]:
-        raise SamError("target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or a sentence a line)")
+        raise SamError(
+            "target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or one sentence per line)"
+        )
     repeated = sorted({t for t in types if types.count(t) > 1})
     if repeated:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
-    if odd := [t for t in types if not isinstance(t, str) or not t or fold(t) != t]:
+    if odd := [t for t in types if not isinstance(t, str) or not t or normalised(t) != t]:
         raise SamError(
             f"target.types names {odd[0]!r}; a type must be text, without space at its ends or double space in it"
         )
     sentences = read_file(Path(config["path"]).expanduser())
     others = read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
-    found = entity_types(sentences)
-    if found and not set(found) & set(types):
-        raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(found)}")
-    if found and (absent := [t for t in types if t not in found]):
-        unasked = [t for t in found if t not in types]
+    annotated = entity_types(sentences)
+    if annotated and not set(annotated) & set(types):
+        raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(annotated)}")
+    if annotated and (absent := [t for t in types if t not in annotated]):
+        unasked = [t for t in annotated if t not in types]
         log.warning(
             "%s: the gold has no mention of %s%s",
             config["path"],

@@ -110,14 +110,14 @@ def write(base: Base, stage: Path) -> None:
 def weights(path: Path) -> dict[str, Weight]:
     """The weights of the IR at ``path`` by the names of their modules in the base model."""
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-    found = {}
+    by_module = {}
     for layer in ET.parse(path).iterfind("./layers/layer[@type='Const']"):
         name, data = layer.get("name", ""), layer.find("data")
         if name.startswith(OUTER) and name.endswith(".weight") and data is not None:
             shape = tuple(int(n) for n in data.get("shape", "").split(",") if n)
             module = name.removeprefix(OUTER).removesuffix(".weight")
-            found[module] = Weight(dtypes[data.get("element_type", "f32")], shape, int(data.get("offset", "0")))
-    return found
+            by_module[module] = Weight(dtypes[data.get("element_type", "f32")], shape, int(data.get("offset", "0")))
+    return by_module
 
 
 class _Steps(nn.Module):
@@ -159,7 +159,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention over the past and the present: query [batch, heads, tokens, dim] -> [batch, tokens, heads, dim].
 
-    Written with the very operations that OpenVINO's pass to paged attention looks for.
+    Written with the very operations that OpenVINO's pass to paged attention matches.
     """
     if sam_present is None:
         raise SamError(f"attention {ATTENTION} is only for the conversion to OpenVINO")
@@ -187,7 +187,7 @@ def _traced(model: Any, heads: int, dim: int) -> Any:
     before, verbosity = model.config._attn_implementation, hf_logging.get_verbosity()
     try:
         model.config._attn_implementation = ATTENTION
-        hf_logging.set_verbosity_error()  # tracing looks at attributes that warn
+        hf_logging.set_verbosity_error()  # tracing reads attributes that warn
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.jit.trace(_Steps(model), example, check_trace=False)

@@ -38,7 +38,7 @@ class EncoderSpec:
 
     @property
     def identity(self) -> str:
-        """What tells its embeddings from other encoders': its name, with what the name leaves open.
+        """What distinguishes its embeddings from other encoders': its name, with what the name leaves open.
 
         Raises SamError where the weights are asked and not there.
         """
@@ -72,8 +72,8 @@ class Encoder:
         if spec.source == "hub":
             return spec.location
         path = spec.folder()
-        if spec.sha256 and (found := sha256_of(path / WEIGHTS)) != spec.sha256:
-            raise SamError(f"encoder={spec.name}: the weights have sha256 {found}, expected {spec.sha256}")
+        if spec.sha256 and (digest := sha256_of(path / WEIGHTS)) != spec.sha256:
+            raise SamError(f"encoder={spec.name}: the weights have sha256 {digest}, expected {spec.sha256}")
         return str(path)
 
     def embed(self, texts: Sequence[str]) -> Any:

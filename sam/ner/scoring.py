@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sam.errors import SamError
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
 from sam.types import Mention, Pair, Prediction, Sentence
 
 
@@ -82,7 +82,7 @@ def score(sentences: Sequence[Sentence], predictions: Sequence[Prediction]) -> S
 
 def gold_pairs(sentence: Sentence) -> set[Pair]:
     """The distinct gold pairs of ``sentence``, their texts as they are compared with predicted ones."""
-    return {(entity_type, fold(text)) for entity_type, text in sentence.pairs}
+    return {(entity_type, normalised(text)) for entity_type, text in sentence.pairs}
 
 
 def _check_gold(sentence: Sentence) -> None:
@@ -149,7 +149,7 @@ def flatten(mentions: Collection[Mention]) -> list[Mention]:
 def _borders(mentions: Collection[Mention]) -> dict[int, int]:
     """Each character offset at which a mention starts or ends, numbered from left to right.
 
-    A sentence is cut there, rather than at tokens, as an answered text can start and end anywhere.
+    A sentence is cut there, rather than at tokens, as a predicted text can start and end anywhere.
     """
     offsets = sorted({offset for mention in mentions for offset in (mention.start, mention.end)})
     return {offset: number for number, offset in enumerate(offsets)}

@@ -188,7 +188,7 @@ def _named(target: str, function: Callable[..., Any], given: Mapping[str, Any]) 
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
-    """A list of names from a config, where one name may stand bare."""
+    """A list of names from a config, where a single name needs no brackets."""
     return [names] if isinstance(names, str) else list(names or [])
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: sections of ``result.json``, lines of ``predictions.jsonl``, W&B's numbers, a table."""
+"""What a run reports: sections of ``result.json``, lines of ``predictions.jsonl``, W&B's numbers, a table."""
 
 from __future__ import annotations
 
@@ -54,10 +54,9 @@ def prediction_rows(result: TargetResult, task: Task) -> list[dict[str, Any]]:
             "gold": None if s.mentions is None else [_mention(m) for m in s.mentions],
             "prompt": _prompt(task.request(target.types_of(s), s.text, False)),
             "models": {
-                name: {"answer": found[s.id].answer, **_found(found[s.id])}
-                for name, found in result.predictions.items()
+                name: {"answer": of[s.id].completion, **_entities(of[s.id])} for name, of in result.predictions.items()
             },
-            "combined": _found(result.combined[s.id]),
+            "combined": _entities(result.combined[s.id]),
         }
         for s in target.sentences
     ]
@@ -71,7 +70,7 @@ def _mention(mention: Mention) -> list[Any]:
     return [mention.type, mention.start, mention.end]
 
 
-def _found(prediction: Prediction) -> dict[str, Any]:
+def _entities(prediction: Prediction) -> dict[str, Any]:
     return {"pairs": [list(p) for p in prediction.pairs], "mentions": [_mention(m) for m in prediction.mentions]}
 
 
@@ -79,10 +78,10 @@ def sections(targets: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
     import torch
 
-    found = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
+    scores = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
     return {
         "targets": targets,
-        "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
+        "overall": {m: sum(s[m] for s in scores) / len(scores) for m in MAIN} if scores else None,
         "completions": dict(engine.counts),
         "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
         "threads": torch.get_num_threads(),
@@ -92,12 +91,12 @@ def sections(targets: dict[str, Any], engine: Engine) -> dict[str, Any]:
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that go to W&B, flat: ``target/model/metric`` and ``mean/metric``."""
-    found = {f"mean/{m}": v for m, v in (result["overall"] or {}).items()}
+    values = {f"mean/{m}": v for m, v in (result["overall"] or {}).items()}
     for name, target in result["targets"].items():
         all_scores = {n: m["scores"] for n, m in target["models"].items()} | {"combined": target["combined"]["scores"]}
         for model, scores in all_scores.items():
-            found.update({f"{name}/{model}/{m}": scores[m] for m in MAIN if scores})
-    return {**found, "seconds": result["seconds"]["total"], "peak_memory_mb": result["peak_memory_mb"]}
+            values.update({f"{name}/{model}/{m}": scores[m] for m in MAIN if scores})
+    return {**values, "seconds": result["seconds"]["total"], "peak_memory_mb": result["peak_memory_mb"]}
 
 
 def show(result: Mapping[str, Any], folder: Path) -> None:
@@ -128,7 +127,7 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
     print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)
     counts = result["completions"]
     say(f"{counts.get('generated', 0)} completions generated, {counts.get('reused', 0)} reused; {folder / RESULT}")
-    say(f"what was found in each sentence: {folder / PREDICTIONS}")
+    say(f"predictions of each sentence: {folder / PREDICTIONS}")
 
 
 def _cells(scores: Mapping[str, Any] | None) -> list[str]:

@@ -39,7 +39,7 @@ def rank(
     """Rank experts ``names`` by micro-F1 of their pairs against the majority's on the sentences ``ids``.
 
     A pair is a pseudo-label if more than half of the experts predict it. Where no pair of any sentence is, experts
-    are ranked by their mean pairwise F1 with the others, and ``details["by"]`` says so. Equal experts are in an order
+    are ranked by their mean pairwise F1 with the others, as ``details["by"]`` records. Equal experts are in an order
     drawn by ``seeds``; with a warning where all are 0.
     """
     sample = [texts[i] for i in ids]
@@ -50,7 +50,7 @@ def rank(
     scores = {n: pair_f1(pseudo, pairs[n]) for n in names} if has_majority else agreement(pairs)
     if len(names) > 1 and not any(scores.values()):
         log.warning(
-            "sampling: no two of %s agree on a mention in the %d sampled sentences, so their order says nothing; "
+            "sampling: no two of %s agree on a mention in the %d sampled sentences, so their order means nothing; "
             "raise sample_size",
             ", ".join(names),
             len(sample),
