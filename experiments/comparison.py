@@ -17,7 +17,7 @@ from experiments.collect import MEAN, RIM, Job, load_finished, read_predictions,
 from sam import data as corpora
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
 from sam.results import PREDICTIONS
 
 BASELINE, METHOD = "unified", "SaM"
@@ -321,7 +321,7 @@ def _counts(lines: Sequence[Mapping[str, Any]], model: str | None) -> Counts:
     """Counts of one model, or of the combination (``model`` None)."""
     return counts_of(
         (
-            {(name, fold(line["text"][start:end])) for name, start, end in line["gold"]},
+            {(name, normalised(line["text"][start:end])) for name, start, end in line["gold"]},
             {tuple(pair) for pair in (line["combined"] if model is None else line["models"][model])["pairs"]},
         )
         for line in lines

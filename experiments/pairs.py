@@ -20,9 +20,9 @@ from experiments.comparison import Comparison, Row, counts_of
 from sam.data.targets import load_targets
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner import Pair, Sentence
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
 from sam.ner.scoring import gold_pairs
+from sam.types import Pair, Sentence
 
 Gold = Mapping[str, Mapping[str, Sentence]]
 """Target -> id -> sentence."""
@@ -70,7 +70,9 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 def _pairs(sentence: Sentence, places: Sequence[Sequence[Any]]) -> tuple[set[Pair], set[Any]]:
     """(gold, predicted) pairs; a hash, of what is not in the sentence, is no text and so no gold."""
-    return gold_pairs(sentence), {(p[0], fold(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in places}
+    return gold_pairs(sentence), {
+        (p[0], normalised(sentence.text[p[1] : p[2]])) if len(p) == 3 else tuple(p) for p in places
+    }
 
 
 def chosen(folders: Sequence[Path], systems: Sequence[str], gold: Gold | None = None) -> tuple[Comparison, Row, Row]:

@@ -20,7 +20,7 @@ from sam.errors import SamError
 from sam.experts.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Card
 from sam.experts.modelcard import write_readme
 from sam.merging import AdapterDeltas
-from sam.models.base import staged
+from sam.paths import staged
 
 
 def scaled(expert: Path, scale: float, out: Path) -> Card:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Generator, Request
 from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
-from sam.models.base import Identity
-from sam.ner import Prediction, grammar, parsing, prompts
+from sam.models.identity import Identity
+from sam.task import Task
+from sam.types import Prediction
 
 SINGLE = Merge(linear)
 """The merge of a single expert: it gives that expert untouched, as every merge of one does."""
@@ -28,19 +29,26 @@ class Engine:
     """
 
     def __init__(
-        self, pool: Pool, generator: Generator, cache: CompletionCache, base: Identity, constrained: bool = False
+        self,
+        pool: Pool,
+        generator: Generator,
+        cache: CompletionCache,
+        base: Identity,
+        task: Task,
+        constrained: bool = False,
     ) -> None:
         """``base``: what the base model of ``generator`` is. ``constrained``: completions are held to the grammar."""
         self.pool, self.generator, self.cache, self.base = pool, generator, cache, base
-        self.constrained = constrained
+        self.task, self.constrained = task, constrained
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self._adapters: dict[str, AdapterDeltas] = {}
         self._loaded: str | None = None
 
     def begin(self, pool: Pool, cache: CompletionCache) -> None:
-        """Serve another job: its own cards (of the same adapters), cache, seconds and counts."""
+        """Serve another job: its own pool, cache, seconds and counts. The loaded model stays."""
         self.pool, self.cache = pool, cache
+        self._adapters.clear()
         self.seconds.clear()
         self.counts.clear()
 
@@ -72,10 +80,10 @@ class Engine:
     ) -> list[Prediction]:
         """What the merge of ``experts`` predicts for each (types, text); ``progress`` is called with numbers of texts
         done."""
-        requests = [grammar.request(types, text, self.constrained) for types, text in asked]
+        requests = [self.task.request(types, text, self.constrained) for types, text in asked]
         key = self.key(experts, merge)
         model = self.cache.model(
-            key, {**self.generator.key(), "prompt": prompts.PROMPT_VERSION, "settings": self.base.settings}
+            key, {**self.generator.key(), "prompt": self.task.version, "settings": self.base.settings}
         )
         kept = self.cache.get(model, requests)
         known = {requests[i]: completion for i, completion in kept.items()}
@@ -87,7 +95,7 @@ class Engine:
                 self.cache.put(model, request, completion)
                 self._count("generated", 1, progress)
         return [
-            parsing.predict(text, known[request].text, types, known[request].truncated)
+            self.task.parse(text, known[request].text, types, known[request].truncated)
             for (types, text), request in zip(asked, requests, strict=True)
         ]
 

@@ -26,12 +26,12 @@ def function_of(config: Mapping[str, Any], section: str) -> Callable[..., Any]:
         raise SamError(f"{section}.{TARGET} is missing; it names a function, such as sam.merging.ties")
     target = str(config[TARGET])
     try:
-        found = get_object(target)
+        named = get_object(target)
     except Exception as error:
         raise SamError(f"{section}.{TARGET}={target} cannot be imported ({one_line(error)})") from None
-    if not callable(found):
+    if not callable(named):
         raise SamError(f"{section}.{TARGET}={target} is no function")
-    return found  # type: ignore[no-any-return]
+    return named  # type: ignore[no-any-return]
 
 
 def options_of(
@@ -70,12 +70,12 @@ def identity(target: str, function: Callable[..., Any], options: Mapping[str, An
 
 def config_dirs(argv: Sequence[str]) -> list[Path]:
     """The folders that ``--config-dir`` (or ``-cd``) names on the command line."""
-    found = []
+    folders: list[str] = []
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
-            found += [value] if equals else list(argv[i + 1 : i + 2])
-    return [Path(folder).absolute() for folder in found]
+            folders += [value] if equals else list(argv[i + 1 : i + 2])
+    return [Path(folder).absolute() for folder in folders]
 
 
 def importable(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """The rim between Hydra and the tasks: one-line errors, job status, sweep folders, the sweep's summary.
 
-Imports nothing heavy, so that ``--help`` and mistakes answer at once.
+Imports nothing heavy, so that ``--help`` and mistakes take no time.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def sweep_name(argv: Sequence[str]) -> str:
 def job_name(overrides: str) -> str:
     """A job's folder name from its overrides: ``k=1,merge=ties``.
 
-    What all jobs of a sweep share is left out where the sweep's own name stands for it: a name that is given (by
-    ``sweep=`` or an experiment) stands for nothing else. What cannot stand in a path is replaced, and a hash keeps the
-    name unique.
+    What all jobs of a sweep share is left out where the sweep's own name covers it: a name that is given (by
+    ``sweep=`` or an experiment) covers nothing else. Characters that a path cannot have are replaced,
+    and a hash keeps the name unique.
     """
     namers = [a for a in sys.argv[1:] if a.lstrip("+").startswith(("sweep=", "experiment="))]
     shared = set(namers or sys.argv[1:])
@@ -113,10 +113,10 @@ def keys(group: str) -> list[str]:
         files, others = [conf_dir() / "config.yaml"], ["hydra", *(g for g in groups() if g != "dataset")]
     else:
         files, others = _files(group), []
-    found = [key for file in files for key in OmegaConf.load(file)]
+    names = [key for file in files for key in OmegaConf.load(file)]
     if group == "target":
-        found += OmegaConf.load(conf_dir() / "target_defaults.yaml").target
-    return sorted({*map(str, found), *others} - {"defaults"})
+        names += OmegaConf.load(conf_dir() / "target_defaults.yaml").target
+    return sorted({*map(str, names), *others} - {"defaults"})
 
 
 def check_overrides(argv: Sequence[str]) -> None:
@@ -341,12 +341,12 @@ def grouped(failed: Sequence[tuple[str, str]]) -> list[str]:
 def print_summary(sweep: Path) -> None:
     """One row a job of the sweep: its overrides, mean P/R/F1 over its targets, seconds, or its error.
 
-    The overrides that all jobs share stand in the title.
+    The overrides that all jobs share are in the title.
     """
     rows = []
-    found = {path: json.loads(path.read_text()) for path in sweep.glob("*/" + STATUS)}
-    common = set.intersection(*(set(s["overrides"]) for s in found.values())) if len(found) > 1 else set()
-    for status_file, status in found.items():
+    statuses = {path: json.loads(path.read_text()) for path in sweep.glob("*/" + STATUS)}
+    common = set.intersection(*(set(s["overrides"]) for s in statuses.values())) if len(statuses) > 1 else set()
+    for status_file, status in statuses.items():
         name = " ".join(o for o in status["overrides"] if o not in common)
         result_file = status_file.with_name(RESULT)
         if status["state"] == "done" and result_file.is_file():

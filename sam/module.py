@@ -14,8 +14,8 @@ from sam.data.targets import Target
 from sam.engine import Engine
 from sam.errors import SamError
 from sam.models.encoder import Encoder
-from sam.ner import Prediction, Sentence
 from sam.selection import Selection
+from sam.types import Prediction, Sentence
 
 BATCH = 64
 """Sentences that Lightning hands over at a time."""
@@ -30,7 +30,7 @@ class SamModule(L.LightningModule):
 
     def __init__(self, engine: Engine, encoder: Encoder, target: Target, method: pipeline.Method) -> None:
         super().__init__()
-        method.check(engine.pool)
+        method.check(engine.pool, engine.task)
         self.engine, self.encoder, self.target, self.method = engine, encoder, target, method
         self.selections: dict[str, Selection] = {}
         self.predictions: dict[str, dict[str, Prediction]] = {}
@@ -83,9 +83,10 @@ class SamModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log precision, recall and F1 of each task model and of the combination."""
         for name, scores in self.result().scores.items():
+            values = scores.to_dict()
             for metric in ("precision", "recall", "f1", "span_f1"):
-                self.log(f"{self.target.name}/{name}/{metric}", getattr(scores, metric))
+                self.log(f"{self.target.name}/{name}/{metric}", values[metric])
 
     def result(self) -> pipeline.TargetResult:
         """Selections, predictions and scores so far, of the sentences that all task models have predictions for."""
-        return pipeline.result(self.method, self.target, self.selections, self.predictions)
+        return pipeline.result(self.method, self.engine.task, self.target, self.selections, self.predictions)

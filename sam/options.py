@@ -33,7 +33,7 @@ def options(kind: type[T], config: Mapping[str, Any], section: str) -> T:
 
 
 def _taken(value: Any, hint: Any) -> Any:
-    """``value`` in the type of ``hint``: hashes tell 1 from 1.0."""
+    """``value`` in the type of ``hint``: hashes distinguish 1 and 1.0."""
     if isinstance(hint, UnionType):
         return value if value is None else _taken(value, next(h for h in get_args(hint) if _fits(value, h)))
     if get_origin(hint) is tuple:

@@ -1,8 +1,12 @@
-"""Where the configs and the cache lie."""
+"""Where the configs and the cache lie, and folders that are written whole."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sam
@@ -22,3 +26,25 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "sam"
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that replaces it by rename when the block ends well.
+
+    Its name starts with a dot: who lists the folder it lies in passes it over.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield stage
+        stage.chmod(0o755)
+        for file in stage.iterdir():
+            file.chmod(0o644 if file.is_file() else 0o755)  # safetensors writes for the owner's eyes only
+        if target.exists():
+            # Out of the way whole: a run that is killed here leaves no half-deleted folder under the name.
+            target.rename(stage.with_name(f"{stage.name}-old"))
+        stage.rename(target)
+    finally:
+        for rest in (stage, stage.with_name(f"{stage.name}-old")):
+            shutil.rmtree(rest, ignore_errors=True)

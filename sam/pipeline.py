@@ -13,10 +13,9 @@ from sam.experts.card import Pool
 from sam.merging import Merge
 from sam.merging.checks import check_seed
 from sam.models.encoder import Encoder
-from sam.ner import Prediction, Sentence
-from sam.ner.combine import Rule, check_rule, combine
-from sam.ner.scoring import Scores, score
-from sam.selection import Ask, Query, Selection, Selector, check, sampling, selector_of
+from sam.selection import Query, Selection, Selector, check, sampling, selector_of
+from sam.task import Rule, Scores, Task
+from sam.types import Prediction, Sentence
 
 COMBINED = "combined"
 """The name under which scores hold those of the combined predictions."""
@@ -40,11 +39,11 @@ class Method:
 
     merge: Merge
     names: tuple[str, ...]
-    selector: str = "sam"
-    k: int = 3
-    sample_size: int = 10
-    rule: str = "union"
-    seed: int = 0
+    selector: str
+    k: int
+    sample_size: int
+    rule: str
+    seed: int
     experts: tuple[str, ...] = ()
     custom_selector: Selector | None = None
     custom_rule: Rule | None = None
@@ -54,11 +53,19 @@ class Method:
         """The selector itself."""
         return self.custom_selector or selector_of(self.selector)
 
-    def check(self, pool: Pool) -> None:
+    @property
+    def largest(self) -> int | None:
+        """The most experts that one task model merges; None where only the selector knows."""
+        if self.custom_selector is not None:
+            return None
+        sizes = {"named": len(self.experts), "each": 1, "none": 0} | dict.fromkeys(("all", "all_each"), len(self.names))
+        return sizes.get(self.selector, self.k)
+
+    def check(self, pool: Pool, task: Task) -> None:
         """Raises SamError for what cannot be run, before anything is loaded."""
         self.merge.check()
         check_seed(self.seed)
-        check_rule(self.custom_rule or self.rule)
+        task.check_rule(self.custom_rule or self.rule)
         check(self.selector, self.chooser, self.k, self.sample_size, self.names, pool, self.experts)
 
 
@@ -92,7 +99,9 @@ def run(
         sampled = _sample(method, targets, engine, progress)
         selections = {t.name: select_for(method, t, engine, encoder, sampled) for t in targets}
     predictions, spent = _predict(method, targets, selections, engine, progress)
-    return {t.name: result(method, t, selections[t.name], predictions[t.name], spent[t.name]) for t in targets}
+    return {
+        t.name: result(method, engine.task, t, selections[t.name], predictions[t.name], spent[t.name]) for t in targets
+    }
 
 
 def select_for(
@@ -111,16 +120,13 @@ def select_for(
             return [known[one] for one in asked]
         return engine.predict([expert], SINGLE, asked)
 
-    return method.chooser.choose(query(method, target, engine.pool, encoder, ask))
-
-
-def query(method: Method, target: Target, pool: Pool, encoder: Encoder, ask: Ask) -> Query:
-    """What the selector is given."""
-    return Query(target, pool, method.names, encoder, ask, method.k, method.sample_size, method.seed, method.experts)
+    options = (method.k, method.sample_size, method.seed, method.experts)
+    return method.chooser.choose(Query(target, engine.pool, method.names, encoder, engine.task, ask, *options))
 
 
 def result(
     method: Method,
+    task: Task,
     target: Target,
     selections: Mapping[str, Selection],
     predictions: Predictions,
@@ -130,12 +136,12 @@ def result(
     sizes = [len(selections[name].experts) for name in predictions]
     rule = method.custom_rule or method.rule
     combined = {
-        s.id: combine([of[s.id] for of in predictions.values()], s.text, rule, target.types_of(s), sizes)
+        s.id: task.combine([of[s.id] for of in predictions.values()], s.text, rule, target.types_of(s), sizes)
         for s in target.sentences
         if predictions and all(s.id in of for of in predictions.values())
     }
     gold = [s for s in target.scored if s.id in combined]
-    scores = {n: score(gold, [of[s.id] for s in gold]) for n, of in {**predictions, COMBINED: combined}.items()}
+    scores = {n: task.score(gold, [of[s.id] for s in gold]) for n, of in {**predictions, COMBINED: combined}.items()}
     return TargetResult(target, selections, predictions, combined, scores if target.scored else {}, spent or {})
 
 
@@ -143,7 +149,7 @@ def _sample(
     method: Method, targets: Sequence[Target], engine: Engine, progress: Progress
 ) -> dict[str, dict[Asked, Prediction]]:
     """What each expert alone predicts on the sentences that sampling evaluation draws from all targets."""
-    if not method.chooser.uses_sample:
+    if "sample_size" not in method.chooser.uses:
         return {}
     drawn = [
         (target.types_of_text(target.unlabelled[i]), target.unlabelled[i])

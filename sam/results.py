@@ -26,13 +26,13 @@ PACKAGES = ("torch", "transformers", "peft", "lightning", "sentence-transformers
 
 def versions() -> dict[str, str]:
     """The versions of Python, this package and the libraries that can change a result."""
-    found = {"python": platform.python_version(), "sam": sam.__version__}
+    installed = {"python": platform.python_version(), "sam": sam.__version__}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def git_commit() -> str | None:
@@ -61,9 +61,9 @@ def forget_peak_memory() -> None:
 def peak_memory_mb() -> int:
     """The process's peak resident memory in MiB, since :func:`forget_peak_memory` on Linux, else since its start."""
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return round(int(found[1]) / 1024)
+        peak_kb = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak_kb:
+            return round(int(peak_kb[1]) / 1024)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 

@@ -53,7 +53,7 @@ def _ended_meanwhile(folder: Path) -> bool:
 
 
 def outcome(folder: Path) -> tuple[str, str]:
-    """The job's state and error, as its status says; ("running", "") without one."""
+    """The job's state and error, from its status file; ("running", "") without one."""
     try:
         status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         return status["state"], status["error"] or ""
@@ -84,5 +84,5 @@ def left_over() -> bool:
 
 def failed_elsewhere() -> list[tuple[str, str]]:
     """(overrides, error) of the jobs that failed in another process."""
-    found = [(overrides, *outcome(folder)) for overrides, folder in ELSEWHERE]
-    return [(overrides, error) for overrides, state, error in found if state == "failed"]
+    ended = [(overrides, *outcome(folder)) for overrides, folder in ELSEWHERE]
+    return [(overrides, error) for overrides, state, error in ended if state == "failed"]

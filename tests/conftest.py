@@ -11,8 +11,10 @@ import torch
 
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.models.base import MANIFEST, Base, BaseSpec, load
+from sam.models.base import Base, load
 from sam.models.encoder import Encoder, EncoderSpec
+from sam.models.sources import MANIFEST
+from sam.models.spec import BaseSpec
 from sam.paths import cache_dir
 from tests.tiny import DOMAINS, HashEncoder, config, write_base, write_pool
 

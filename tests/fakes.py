@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sam.data.targets import mini
 from sam.generation import Completion, Request
-from sam.ner import Mention, Sentence, prompts
+from sam.ner import prompts
 from sam.selection import Query
+from sam.types import Mention, Sentence
 
 Reply = Callable[[int, Sequence[str], str], str]
 """(a number that the loaded deltas decide, requested types, text) -> completion."""

@@ -19,7 +19,7 @@ import pytest
 import sam
 from experiments import tables
 from sam.experts.card import Pool
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
 from sam.results import RESULT, STATUS
 
 ROOT = Path(sam.__file__).parent.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from sam.experts.card import Pool
 from sam.generation import Completion, CompletionCache, Request
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, Merge, dare, linear, merge_modules, merged, ties
-from sam.models.base import Base, BaseSpec, Identity
-from sam.ner import Prediction, parsing, prompts
+from sam.models.base import Base
+from sam.models.identity import Identity
+from sam.models.spec import BaseSpec
+from sam.ner import parsing, prompts
+from sam.ner.task import NER
+from sam.task import Task
+from sam.types import Prediction
 from tests.fakes import FakeGenerator, numbered
 from tests.generation.models import oracle
 
@@ -46,9 +52,11 @@ def cache(tmp_path: Path) -> CompletionCache:
 def engine(pool: Pool) -> MakeEngine:
     """An engine with a fake generator; without a cache nothing outlives it."""
 
-    def make(cache: CompletionCache | None = None, constrained: bool = False, **options: Any) -> Engine:
+    def make(
+        cache: CompletionCache | None = None, constrained: bool = False, task: Task = NER, **options: Any
+    ) -> Engine:
         generator = FakeGenerator(numbered, **options)
-        return Engine(pool, generator, cache or CompletionCache(None), BASE, constrained)
+        return Engine(pool, generator, cache or CompletionCache(None), BASE, task, constrained)
 
     return make
 
@@ -72,8 +80,8 @@ def test_predictions_are_those_of_the_merge_by_hand(tiny: Base, tiny_spec: BaseS
     adapters = [AdapterDeltas.open(pool.folder(name)) for name in names]
     with merged(tiny.model, merge_modules(adapters, names, merge)):
         by_hand = [oracle(tiny, Request(prompts.prefix(TYPES), prompts.suffix(text)), 8) for text in TEXTS]
-    generator = TransformersGenerator(tiny_spec, "cpu", 8, 2)
-    found = Engine(pool, generator, CompletionCache(None), BASE).predict(names, merge, asked())
+    generator = TransformersGenerator(tiny_spec, "cpu", 8, 2, "auto")
+    found = Engine(pool, generator, CompletionCache(None), BASE, NER).predict(names, merge, asked())
     assert found == [parsing.predict(t, text, TYPES, cut) for t, (text, cut) in zip(TEXTS, by_hand, strict=True)]
 
 
@@ -86,7 +94,7 @@ def test_models_differ(engine: MakeEngine) -> None:
         (["news", "stem"], TIES),
         ([], SINGLE),
     ]
-    found = {tuple(p.answer for p in one.predict(experts, merge, asked())) for experts, merge in models}
+    found = {tuple(p.completion for p in one.predict(experts, merge, asked())) for experts, merge in models}
     assert len(found) == len(set(fake(one).loads)) == 5
 
 
@@ -164,12 +172,9 @@ def test_types_of_one_prompt_and_other_grammars_share_only_free_completions(
         assert again.counts["reused"] == reused
 
 
-def test_a_completion_is_not_reused_for_another_prompt(
-    engine: MakeEngine, cache: CompletionCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_completion_is_not_reused_for_another_prompt(engine: MakeEngine, cache: CompletionCache) -> None:
     engine(cache).predict(["news"], SINGLE, asked())
-    monkeypatch.setattr(prompts, "PROMPT_VERSION", "another")
-    again = engine(cache)
+    again = engine(cache, task=replace(NER, version="another"))
     again.predict(["news"], SINGLE, asked())
     assert counts(again) == {"generated": 4, "reused": 0}
 
@@ -267,7 +272,7 @@ def test_requests_of_several_targets_at_once_are_answered_as_one_by_one(engine: 
     found = one.predict(["news", "stem"], TIES, several)
     assert counts(one) == {"generated": 3, "reused": 0}
     by_one: list[Prediction] = [engine().predict(["news", "stem"], TIES, [each])[0] for each in several]
-    assert found == by_one and len({p.answer for p in found}) == 3
+    assert found == by_one and len({p.completion for p in found}) == 3
 
 
 def test_unknown_and_repeated_experts_are_refused(engine: MakeEngine) -> None:

@@ -18,7 +18,8 @@ from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
+from sam.ner.task import NER
 from sam.results import RESULT
 from sam.runs.plan import rule_from, selector_from
 from sam.selection import Query
@@ -144,7 +145,7 @@ def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any],
 
 
 def test_what_a_selector_returns_is_checked(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
-    query = Query(mini("movie"), shared_pool, shared_pool.names, hash_encoder, none, 3, 1, 0)
+    query = Query(mini("movie"), shared_pool, shared_pool.names, hash_encoder, NER, none, 3, 1, 0)
     _, chooser = selector_from({"_target_": "tests.test_extend.none"})
     assert chooser is not None
     with pytest.raises(SamError, match="must map task models to lists of experts"):
@@ -175,10 +176,10 @@ def test_what_has_no_source_is_refused() -> None:
 
 def test_a_selector_sees_gold_only_if_it_says_so(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
     target = mini("movie")
-    query = Query(target, shared_pool, shared_pool.names, hash_encoder, none, 3, 1, 0)
+    query = Query(target, shared_pool, shared_pool.names, hash_encoder, NER, none, 3, 1, 0)
     for flags, seen in (({}, False), ({"uses_gold": True}, True)):
         name, chooser = selector_from({"_target_": "tests.fakes.gold_of", "name": "mine", **flags})
-        assert chooser is not None and chooser.uses_gold is seen and not chooser.uses_k
+        assert chooser is not None and chooser.uses == {"names"} | ({"gold"} if seen else set())
         assert set(chooser.choose(query)) == {"gold" if seen else "blind"}
         assert name.startswith("tests.fakes.gold_of ")
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sam import launch
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
 from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_json, write_status
 from tests.tiny import make_card, one_line

@@ -17,13 +17,14 @@ from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import Merge, ties
-from sam.models.base import Identity
+from sam.models.identity import Identity
 from sam.module import SamModule
-from sam.ner import Mention, Prediction, Sentence
 from sam.ner.combine import combine
 from sam.ner.scoring import score
+from sam.ner.task import NER
 from sam.pipeline import Method
 from sam.selection import Query, domain, sampling
+from sam.types import Mention, Prediction, Sentence
 from tests.fakes import FakeGenerator, Reply, capitals, numbered
 from tests.tiny import HashEncoder, one_line
 
@@ -49,8 +50,9 @@ def pool(shared_pool: Pool) -> Pool:
 @pytest.fixture
 def make(pool: Pool) -> MakeModule:
     def module(target: Target = TARGET, reply: Reply = numbered, **options: Any) -> SamModule:
-        engine = Engine(pool, FakeGenerator(reply), CompletionCache(None), Identity("f", "s"))
-        settings: dict[str, Any] = {"k": 2, "sample_size": 3, "merge": TIES, "names": tuple(pool.names), **options}
+        engine = Engine(pool, FakeGenerator(reply), CompletionCache(None), Identity("f", "s"), NER)
+        settings: dict[str, Any] = {"selector": "sam", "k": 2, "sample_size": 3, "rule": "union", "seed": 0}
+        settings |= {"merge": TIES, "names": tuple(pool.names), **options}
         return SamModule(engine, HashEncoder(), target, Method(**settings))
 
     return module
@@ -82,9 +84,7 @@ def test_predictions_are_those_of_each_step_by_hand(make: MakeModule, pool: Pool
         assert module.result().combined[s.id] == combine(both, s.text, "union", TYPES)
 
 
-def test_the_default_selector_is_that_of_the_paper(make: MakeModule) -> None:
-    module = make(merge=TIES)
-    assert (module.method.selector, module.method.rule) == ("sam", "union")
+def test_the_package_gives_the_module() -> None:
     assert sam.SamModule is SamModule
 
 
@@ -205,6 +205,6 @@ def test_the_base_alone_is_a_task_model_without_experts(make: MakeModule) -> Non
     module = make(selector="none")
     trainer().predict(module, return_predictions=False)
     assert {name: s.experts for name, s in module.selections.items()} == {"none": ()}
-    assert [module.predictions["none"][s.id].answer for s in SENTENCES] == [
+    assert [module.predictions["none"][s.id].completion for s in SENTENCES] == [
         numbered(0, TYPES, s.text) for s in SENTENCES
     ]

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from sam import sharing
 from sam.experts.card import Pool
-from sam.models.base import BaseSpec
+from sam.models.spec import BaseSpec
 from sam.results import RESULT, STATUS, write_status
 from tests.test_cli import Runner, make_runner, table_rows
 

@@ -48,7 +48,7 @@ class HashEncoder(Encoder):
     """An encoder without a model: a unit vector of 384 values drawn by the text's hash. It calls itself ``minilm``."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", SHIPPED[1], None, None))
 
     def embed(self, texts: Sequence[str]) -> Any:
         """Shape [len(texts), 384], float32."""

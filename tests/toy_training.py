@@ -17,9 +17,10 @@ import torch
 from sam import data as corpora
 from sam.experts import Card, ExpertModule, Job, Recipe, train_expert
 from sam.experts.training.recipe import OPEN
-from sam.models.base import Base, BaseSpec
+from sam.models.base import Base
 from sam.models.base import load as load_base
-from sam.ner import Mention, Sentence
+from sam.models.spec import BaseSpec
+from sam.types import Mention, Sentence
 from tests.fakes import FakeGenerator, capitals
 from tests.tiny import HashEncoder, config
 

@@ -20,14 +20,17 @@ from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.launch import compose
 from sam.merging import AdapterDeltas, Merge, linear, merge_modules
-from sam.models.base import BaseSpec
-from sam.ner import Sentence, grammar, parsing
+from sam.models.spec import BaseSpec
+from sam.ner import grammar, parsing
 from sam.ner.scoring import gold_pairs
+from sam.types import Sentence
 
 SENTENCES = 200
 REAL = ("ai", "literature", "music", "politics", "science")
 LIMIT = 160
 """The most new tokens of a completion."""
+BATCH = 64
+"""OpenVINO's sequences at a time."""
 RATE = "sentences_per_s"
 REFERENCE = "transformers fp32"
 
@@ -44,14 +47,14 @@ def run(options: Options) -> Report:
     sizes = (16,) if options.quick else (8, 16, 32)
     reports = []
     for precision in ("fp32", "bf16"):
-        ours = OpenVINOGenerator(spec, "cpu", LIMIT, precision=precision)
+        ours = OpenVINOGenerator(spec, "cpu", LIMIT, BATCH, precision)
         everyone = [_contestant(f"openvino {precision}", ours, adapter, asked, False, made, ours=True)]
         for size in sizes:
             peer = TransformersGenerator(spec, "cpu", LIMIT, size, precision)
             name = f"transformers {precision}" + (f" batch {size}" if size != 16 else "")
             everyone.append(_contestant(name, peer, adapter, asked, False, made))
         reports.append(compete(everyone, options.rounds, RATE, True, case=f"{precision}, {len(asked)} sentences"))
-    ours = OpenVINOGenerator(spec, "cpu", LIMIT)
+    ours = OpenVINOGenerator(spec, "cpu", LIMIT, BATCH, "auto")
     held = [
         _contestant("openvino constrained", ours, adapter, asked, True, made, ours=True),
         _contestant("openvino free", ours, adapter, asked, False, made),

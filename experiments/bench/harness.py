@@ -189,7 +189,7 @@ def machine(device: str = "auto") -> dict[str, Any]:
     """
     import torch
 
-    from sam.models.base import cores, multiplies_bf16
+    from sam.models.device import cores, multiplies_bf16
 
     cuda = device != "cpu" and torch.cuda.is_available()
     cpu, count = _cpu_model(), cores()

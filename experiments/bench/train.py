@@ -32,7 +32,10 @@ from sam.experts.training.fit import expert_module, fit, resolved_precision
 from sam.experts.training.recipe import Recipe
 from sam.experts.training.render import Renderer
 from sam.launch import compose
-from sam.models.base import BaseSpec, device_of, folder, load
+from sam.models.base import load
+from sam.models.device import device_of
+from sam.models.sources import folder
+from sam.models.spec import BaseSpec
 from sam.results import peak_memory_mb
 
 ROOT = Path(__file__).parents[2]

@@ -65,9 +65,9 @@ def _from_mirror(dataset: DatasetSpec, path: str, root: Path) -> Path:
     if not file.is_file():
         raise SamError(f"{file}: not there; {MIRROR} must name a folder that holds {dataset.mirror}/{path}")
     pinned = dataset.files[path]
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found not in (pinned.mirror, pinned.published):
-        raise SamError(_wrong(file, pinned.mirror, found))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest not in (pinned.mirror, pinned.published):
+        raise SamError(_wrong(file, pinned.mirror, digest))
     return file
 
 
@@ -99,5 +99,5 @@ def _download(dataset: DatasetSpec, path: str, progress: bool) -> Path:
         raise SamError(f"{url}: {' '.join(str(error).split())}") from None
 
 
-def _wrong(file: Path, expected: str, found: str) -> str:
-    return f"{file}: sha256 is {found}, expected {expected}; the file is damaged or another version, fetch it again"
+def _wrong(file: Path, expected: str, digest: str) -> str:
+    return f"{file}: sha256 is {digest}, expected {expected}; the file is damaged or another version, fetch it again"

@@ -12,7 +12,7 @@ from typing import Any
 
 from sam.data.readers.base import join_tokens, tag_spans
 from sam.errors import SamError
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def read_file(path: str | Path) -> list[Sentence]:
       offsets count characters of the text, end exclusive.
     - ``.conll``, ``.bio``, ``.iob``, ``.tsv``: token first, tag (any IOB or BILOU scheme) last, separated by tabs
       or else by spaces; a blank line between sentences.
-    - any other: one of these if its first lines look so, else plain text, a sentence a line, without gold.
+    - any other: one of these if its first lines have that form, else plain text, one sentence per line, without gold.
 
     A byte order mark is passed over.
     Raises SamError with file and line for what cannot be read; nothing is skipped but blank lines.
@@ -105,8 +105,8 @@ def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
 def _mentions(where: str, text: str, mentions: Any) -> tuple[Mention, ...]:
     if not isinstance(mentions, list):
         raise SamError(f'{where}: "mentions" must be a list of {{"type", "start", "end"}}')
-    found = [_mention(where, text, m) for m in mentions]
-    return tuple(sorted(found, key=lambda m: (m.start, -m.end, m.type)))
+    read = [_mention(where, text, m) for m in mentions]
+    return tuple(sorted(read, key=lambda m: (m.start, -m.end, m.type)))
 
 
 def _mention(where: str, text: str, mention: Any) -> Mention:
@@ -155,4 +155,4 @@ def _cells(line: str) -> list[str]:
 def _refuse_repeated_ids(path: Path, sentences: list[Sentence]) -> None:
     twice = next((i for i, n in Counter(s.id for s in sentences).items() if n > 1), None)
     if twice is not None:
-        raise SamError(f"{path}: id '{twice}' stands on more than one sentence; ids must differ")
+        raise SamError(f"{path}: id '{twice}' belongs to more than one sentence; ids must differ")

@@ -13,7 +13,7 @@ from sam.data.catalogue import DatasetSpec, spec
 from sam.data.download import fetch_all
 from sam.data.readers import Draft, Source
 from sam.errors import SamError
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def joined(draft: Draft, mark: str, counts: Counter[str]) -> Draft:
 
 
 def _drafts(dataset: DatasetSpec, split: str, counts: Counter[str]) -> Iterator[Draft]:
-    """The drafts of a split; repairs in documents of other folds are not counted."""
+    """The drafts of a split; repairs in documents of other parts are not counted."""
     chosen = dataset.split(split)
     source = Source(fetch_all(dataset, dataset.paths(split)), chosen.subset)
     if chosen.fold is None:
@@ -119,7 +119,7 @@ def _drafts(dataset: DatasetSpec, split: str, counts: Counter[str]) -> Iterator[
 
 
 class _Dropper:
-    """Says which drafts a dataset's config leaves out, and why."""
+    """Which drafts a dataset's config leaves out, and why."""
 
     def __init__(self, dataset: DatasetSpec) -> None:
         self._drop = dataset.drop

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sam import data as corpora
+from sam.data.files import read_file
+from sam.data.loading import load
 from sam.errors import SamError
-from sam.ner import Sentence, entity_types
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
 from sam.seeding import rng
+from sam.types import Sentence, entity_types
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,8 @@ def _load(name: str, part: Mapping[str, Any], config: Mapping[str, Any]) -> Targ
 
 
 def _from_corpus(name: str, part: Mapping[str, Any]) -> Target:
-    sentences, others = (corpora.load(part["dataset"], part[split]) for split in ("split", "unlabelled"))
-    left_out = {s.text for s in corpora.load(part["dataset"], part["without"])} if part.get("without") else set()
+    sentences, others = (load(part["dataset"], part[split]) for split in ("split", "unlabelled"))
+    left_out = {s.text for s in load(part["dataset"], part["without"])} if part.get("without") else set()
     kept = tuple(s for s in sentences if s.text not in left_out)
     own_types = {s.text: s.types for s in (*others, *sentences) if s.types is not None}
     return Target(name, tuple(entity_types(sentences)), kept, tuple(s.text for s in others), own_types)
@@ -116,21 +117,23 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
     if not types:
         raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
     if not config["path"]:
-        raise SamError("target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or a sentence a line)")
+        raise SamError(
+            "target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or one sentence per line)"
+        )
     repeated = sorted({t for t in types if types.count(t) > 1})
     if repeated:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
-    if odd := [t for t in types if not isinstance(t, str) or not t or fold(t) != t]:
+    if odd := [t for t in types if not isinstance(t, str) or not t or normalised(t) != t]:
         raise SamError(
             f"target.types names {odd[0]!r}; a type must be text, without space at its ends or double space in it"
         )
-    sentences = corpora.read_file(Path(config["path"]).expanduser())
-    others = corpora.read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
-    found = entity_types(sentences)
-    if found and not set(found) & set(types):
-        raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(found)}")
-    if found and (absent := [t for t in types if t not in found]):
-        unasked = [t for t in found if t not in types]
+    sentences = read_file(Path(config["path"]).expanduser())
+    others = read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
+    annotated = entity_types(sentences)
+    if annotated and not set(annotated) & set(types):
+        raise SamError(f"target.types={list(types)}: the gold of {config['path']} has only {', '.join(annotated)}")
+    if annotated and (absent := [t for t in types if t not in annotated]):
+        unasked = [t for t in annotated if t not in types]
         log.warning(
             "%s: the gold has no mention of %s%s",
             config["path"],
@@ -142,12 +145,12 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
 
 def mini(dataset: str, name: str | None = None) -> Target:
     """One of the embedded mini targets: ai, literature, music, politics, science, movie, restaurant."""
-    folder = Path(corpora.__file__).parent / "mini"
+    folder = Path(__file__).parent / "mini"
     known = sorted(p.stem for p in folder.glob("*.jsonl"))
     if dataset not in known:
         raise SamError(f"mini target {dataset!r} is unknown; allowed: {', '.join(known)}")
-    sentences = corpora.read_file(folder / f"{dataset}.jsonl")
-    unlabelled = [s.text for s in corpora.read_file(folder / f"{dataset}.unlabelled.txt")]
+    sentences = read_file(folder / f"{dataset}.jsonl")
+    unlabelled = [s.text for s in read_file(folder / f"{dataset}.unlabelled.txt")]
     return Target(name or f"mini_{dataset}", tuple(entity_types(sentences)), tuple(sentences), tuple(unlabelled))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sam.errors import SamError
-from sam.models.base import CARD_FILE
+from sam.models.identity import CARD_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from sam.errors import SamError, one_line
 from sam.extend import TARGET, function_of
-from sam.generation.api import Completion, Generator, Request
+from sam.generation.api import Completion, Generator, Request, check_precision
 from sam.generation.cache import CompletionCache
-from sam.models.base import BaseSpec, config_of
+from sam.models.base import config_of
+from sam.models.spec import BaseSpec
 from sam.options import options
 
-__all__ = ["Auto", "Completion", "CompletionCache", "DecodeSpec", "Generator", "Request", "build"]
+__all__ = ["Auto", "Completion", "CompletionCache", "DecodeSpec", "Generator", "Request", "build", "check_constrained"]
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class DecodeSpec:
     """``max_new_tokens`` limits a completion. ``constrained``: only completions in the prompt's own syntax, of the
     requested types and of texts of the sentence, can be generated (:mod:`sam.ner.grammar`)."""
 
-    max_new_tokens: int = 160
-    constrained: bool = False
+    max_new_tokens: int
+    constrained: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecodeSpec:
@@ -43,7 +42,7 @@ class DecodeSpec:
         return spec
 
 
-def build(config: Mapping[str, Any], spec: BaseSpec, device: str, max_new_tokens: int) -> Generator:
+def build(config: Mapping[str, Any], spec: BaseSpec, device: str, decode: DecodeSpec) -> Generator:
     """The generator of a ``conf/generator`` file: ``_target_`` is called with ``spec``, ``device``,
     ``max_new_tokens`` and the file's other options."""
     given = {str(k): v for k, v in config.items() if k != TARGET}
@@ -54,9 +53,20 @@ def build(config: Mapping[str, Any], spec: BaseSpec, device: str, max_new_tokens
         raise SamError(f"generator.batch_size={size} must be a whole number, at least 1")
     make = function_of(config, "generator")
     try:
-        return make(spec=spec, device=device, max_new_tokens=max_new_tokens, **given)  # type: ignore[no-any-return]
+        generator: Generator = make(spec=spec, device=device, max_new_tokens=decode.max_new_tokens, **given)
     except TypeError as error:
         raise SamError(f"generator: {one_line(error)}") from None
+    if decode.constrained and not isinstance(generator, Auto):  # whose choice may need a download
+        check_constrained(generator)
+    return generator
+
+
+def check_constrained(generator: Generator) -> None:
+    """Raise SamError where ``generator`` lacks what holds completions to a grammar. Makes the choice of ``Auto``."""
+    from sam.generation.transformers import TransformersGenerator, check_grammars
+
+    if isinstance(generator.chosen if isinstance(generator, Auto) else generator, TransformersGenerator):
+        check_grammars()
 
 
 class Auto:
@@ -64,8 +74,7 @@ class Auto:
     config is first needed, which may have to be converted or downloaded."""
 
     def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
-        if precision not in PRECISIONS:
-            raise SamError(f"generator.precision={precision} is unknown; allowed: {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.spec, self.device, self.max_new_tokens = spec, device, max_new_tokens
         self.batch_size, self.precision = batch_size, precision
 

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sam.errors import SamError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -58,6 +62,12 @@ class Generator(Protocol):
         ...
 
 
+def check_precision(precision: str) -> None:
+    """Raise SamError unless ``precision`` is one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise SamError(f"generator.precision={precision} is unknown; allowed: {', '.join(PRECISIONS)}")
+
+
 def encode(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
     """The token ids of each prompt: special tokens only before the prefix."""
     prefixes = {r.prefix: list(tokenizer(r.prefix).input_ids) for r in requests}
@@ -67,8 +77,8 @@ def encode(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
 def completion(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float], stop_ids: Sequence[int]) -> Completion:
     """The completion that ``ids`` spell, up to and including the first stop token."""
     end = next((n for n, token in enumerate(ids) if token in stop_ids), None)
-    made = list(ids[:end])
-    text = tokenizer.decode(made, skip_special_tokens=True)
-    ends = [len(tokenizer.decode(made[: n + 1], skip_special_tokens=True)) for n in range(len(made))]
+    tokens = list(ids[:end])
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    ends = [len(tokenizer.decode(tokens[: n + 1], skip_special_tokens=True)) for n in range(len(tokens))]
     ends += [] if end is None else [len(text)]
     return Completion(text, end is None, tuple(round(float(x), 4) for x in logprobs[: len(ends)]), tuple(ends))

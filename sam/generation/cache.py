@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class CompletionCache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._known: dict[str, dict[str, Completion]] = {}
+        self._known: dict[str, dict[str, tuple[float, Completion]]] = {}  # with the time when it was written
         self._read: dict[Path, int] = {}  # how many bytes of a file have been read
         self._open: tuple[str, BinaryIO] | None = None
 
@@ -42,15 +43,17 @@ class CompletionCache:
         self._refresh(model)
         known = self._known.get(model, {})
         keys = ((i, request_key(r)) for i, r in enumerate(requests))
-        return {i: known[key] for i, key in keys if key in known}
+        return {i: known[key][1] for i, key in keys if key in known}
 
     def put(self, model: str, request: Request, completion: Completion) -> None:
-        """Keep a completion. The first one of a request stays: in half precision another may differ."""
-        key = request_key(request)
-        self._known.setdefault(model, {}).setdefault(key, completion)
+        """Keep a completion. The first one of a request stays, also of several processes: in half precision another
+        may differ."""
+        key, written = request_key(request), time.time()
+        _keep(self._known.setdefault(model, {}), key, written, completion)
         if self._folder is not None:
             record = {
                 "key": key,
+                "time": written,
                 "text": completion.text,
                 "truncated": completion.truncated,
                 "logprobs": completion.logprobs,
@@ -81,10 +84,11 @@ class CompletionCache:
             return
         known = self._known.setdefault(model, {})
         for path in sorted((self._folder / model).glob("*.jsonl")):
-            for key, completion in self._new(path):
-                known.setdefault(key, completion)
+            for key, written, completion in self._new(path):
+                _keep(known, key, written, completion)
 
-    def _new(self, path: Path) -> Iterator[tuple[str, Completion]]:
+    def _new(self, path: Path) -> Iterator[tuple[str, float, Completion]]:
+        """(key, time, completion) of each whole line that was added to a file since it was last read."""
         begin = self._read.get(path, 0)
         try:
             with path.open("rb") as file:
@@ -99,7 +103,7 @@ class CompletionCache:
         for line in whole.splitlines():
             try:
                 record = json.loads(line)
-                yield str(record["key"]), _completion(record)
+                yield str(record["key"]), float(record.get("time", 0)), _completion(record)
             except (ValueError, KeyError, TypeError):
                 damaged += 1
         if damaged:
@@ -109,6 +113,12 @@ class CompletionCache:
 def request_key(request: Request) -> str:
     """The hash of a request."""
     return _hash([request.prefix, request.suffix, request.grammar])
+
+
+def _keep(known: dict[str, tuple[float, Completion]], key: str, written: float, completion: Completion) -> None:
+    """The completion that was written first stays, in whatever order files are read."""
+    if key not in known or written < known[key][0]:
+        known[key] = (written, completion)
 
 
 def _completion(record: Mapping[str, Any]) -> Completion:

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from sam.errors import SamError
 from sam.generation import openvino_ir
-from sam.generation.api import Completion, Request, completion, encode
+from sam.generation.api import Completion, Request, check_precision, completion, encode
 from sam.merging import AdapterDeltas
-from sam.models.base import BaseSpec, config_of, folder, multiplies_bf16, stop_ids, threads
+from sam.models.base import config_of, stop_ids
+from sam.models.device import multiplies_bf16, threads
+from sam.models.sources import folder
+from sam.models.spec import BaseSpec
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 BLOCK = 32
 """Tokens of a block of keys and values on a CPU. Of a block that is not full, GenAI 2026.4 reuses wrong values."""
 TOKENS = 1024
@@ -37,18 +39,14 @@ class OpenVINOGenerator:
     that is killed leaves a temporary folder of links.
     """
 
-    def __init__(
-        self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int = 64, precision: str = "auto"
-    ) -> None:
+    def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
         """``precision``: ``fp32``, ``bf16``, or ``auto``: bf16 where the processor has it, else fp32."""
-        if precision not in ("auto", *PRECISIONS):
-            allowed = ", ".join(("auto", *PRECISIONS))
-            raise SamError(f"generator.precision={precision} is unknown to generator=openvino; allowed: {allowed}")
+        check_precision(precision)
         if torch.device(device).type != "cpu":
             raise SamError("generator=openvino runs on a CPU; choose trainer=cpu, or another generator")
         self.spec, self.max_new_tokens, self.batch_size = spec, max_new_tokens, batch_size
-        own = "bf16" if multiplies_bf16() else "fp32"
-        self.precision = PRECISIONS[own if precision == "auto" else precision]
+        auto = "bf16" if multiplies_bf16() else "f32"
+        self.precision = {"auto": auto, "fp32": "f32", "bf16": "bf16"}[precision]
         self._tokenizer: Any = None
         self._stop_ids: tuple[int, ...] = ()
         self._window: int | None = None

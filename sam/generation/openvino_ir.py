@@ -22,8 +22,11 @@ from transformers import AttentionInterface
 from transformers.utils import logging as hf_logging
 
 from sam.errors import SamError
-from sam.models.base import Base, BaseSpec, fingerprint, folder, load, settings_hash, staged
-from sam.paths import cache_dir
+from sam.models.base import Base, load
+from sam.models.identity import fingerprint, settings_hash
+from sam.models.sources import folder
+from sam.models.spec import BaseSpec
+from sam.paths import cache_dir, staged
 
 IR_VERSION = 1
 """Part of the folder's name: raise it with every change to the conversion."""
@@ -33,6 +36,8 @@ OUTER = "self.model."
 """What the IR's names of weights begin with, before the base model's own."""
 MODEL_TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """The architectures whose conversion is tested."""
+WINDOW = 2048
+"""Tokens of the shortest sliding window that no prompt of a sentence, with its completion, is expected to exceed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ def unsupported(config: Any) -> str | None:
     text = config.get_text_config()
     if text.model_type not in MODEL_TYPES:
         return f"its architecture {text.model_type} is none of {', '.join(MODEL_TYPES)}"
+    window = sliding_window(text)
+    if window is not None and window < WINDOW:
+        return f"it attends to a sliding window of {window} tokens, and OpenVINO GenAI to all that came before"
     return None
 
 
@@ -102,14 +110,14 @@ def write(base: Base, stage: Path) -> None:
 def weights(path: Path) -> dict[str, Weight]:
     """The weights of the IR at ``path`` by the names of their modules in the base model."""
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-    found = {}
+    by_module = {}
     for layer in ET.parse(path).iterfind("./layers/layer[@type='Const']"):
         name, data = layer.get("name", ""), layer.find("data")
         if name.startswith(OUTER) and name.endswith(".weight") and data is not None:
             shape = tuple(int(n) for n in data.get("shape", "").split(",") if n)
             module = name.removeprefix(OUTER).removesuffix(".weight")
-            found[module] = Weight(dtypes[data.get("element_type", "f32")], shape, int(data.get("offset", "0")))
-    return found
+            by_module[module] = Weight(dtypes[data.get("element_type", "f32")], shape, int(data.get("offset", "0")))
+    return by_module
 
 
 class _Steps(nn.Module):
@@ -151,7 +159,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention over the past and the present: query [batch, heads, tokens, dim] -> [batch, tokens, heads, dim].
 
-    Written with the very operations that OpenVINO's pass to paged attention looks for.
+    Written with the very operations that OpenVINO's pass to paged attention matches.
     """
     if sam_present is None:
         raise SamError(f"attention {ATTENTION} is only for the conversion to OpenVINO")
@@ -179,7 +187,7 @@ def _traced(model: Any, heads: int, dim: int) -> Any:
     before, verbosity = model.config._attn_implementation, hf_logging.get_verbosity()
     try:
         model.config._attn_implementation = ATTENTION
-        hf_logging.set_verbosity_error()  # tracing looks at attributes that warn
+        hf_logging.set_verbosity_error()  # tracing reads attributes that warn
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.jit.trace(_Steps(model), example, check_trace=False)

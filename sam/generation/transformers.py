@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,26 +11,21 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sam.errors import SamError
-from sam.generation.api import Completion, Request, completion, encode
+from sam.generation.api import Completion, Request, check_precision, completion, encode
 from sam.merging import MergedWeights
-from sam.models.base import Base, BaseSpec, load
-
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+from sam.models.base import Base, load
+from sam.models.spec import BaseSpec
 
 
 class TransformersGenerator:
     """Left-padded batches of prompts of similar length; the merged weights replace the base model's in place."""
 
-    def __init__(
-        self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int = 16, precision: str = "auto"
-    ) -> None:
+    def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
         """``precision``: ``fp32``, ``bf16``, or ``auto`` for the base model's own."""
-        if precision not in ("auto", *PRECISIONS):
-            allowed = ", ".join(("auto", *PRECISIONS))
-            raise SamError(f"generator.precision={precision} is unknown to generator=transformers; allowed: {allowed}")
+        check_precision(precision)
         self.spec, self.device = spec, device
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.dtype = spec.dtype if precision == "auto" else PRECISIONS[precision]
+        self.dtype = {"auto": spec.dtype, "fp32": "float32", "bf16": "bfloat16"}[precision]
         self._base: Base | None = None
         self._weights: MergedWeights | None = None
 
@@ -102,6 +98,15 @@ class TransformersGenerator:
         self._base = self._weights = None
 
 
+def check_grammars() -> None:
+    """Raise SamError where the package that holds completions to a grammar is not installed."""
+    if importlib.util.find_spec("xgrammar") is None:
+        raise SamError(
+            "decode.constrained=true with generator=transformers needs xgrammar; install it with: "
+            "pip install 'sam-ner[grammar]', or use generator=openvino"
+        )
+
+
 class _Recorder:
     """Keeps the log-probability of the most likely token, which greedy decoding takes: one [batch] tensor per step."""
 
@@ -118,13 +123,7 @@ class _Grammars:
 
     def __init__(self, base: Base, grammars: Sequence[str | None], width: int) -> None:
         """``width``: length of the padded prompts."""
-        try:
-            import xgrammar
-        except ImportError:
-            raise SamError(
-                "decode.constrained=true with generator=transformers needs xgrammar; install it with: "
-                "pip install 'sam-ner[grammar]', or use generator=openvino"
-            ) from None
+        import xgrammar
 
         self._xgrammar, self._width = xgrammar, width
         size = base.model.config.get_text_config().vocab_size

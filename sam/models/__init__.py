@@ -1,1 +1,1 @@
-"""The base model and the sentence encoder: where they come from, what they are, and how they are loaded."""
+"""The base model and the sentence encoder: where they come from, what identifies them, and how they are loaded."""

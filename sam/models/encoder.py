@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sam.errors import SamError
-from sam.models.base import sha256_of, wheel_file
+from sam.models.sources import sha256_of, wheel_file
 from sam.options import options
 
 WEIGHTS = "model.safetensors"
@@ -24,9 +24,9 @@ class EncoderSpec:
     name: str
     source: str
     location: str
-    sha256: str | None = None
-    install: str | None = None
-    revision: str | None = None
+    sha256: str | None
+    install: str | None
+    revision: str | None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> EncoderSpec:
@@ -38,7 +38,7 @@ class EncoderSpec:
 
     @property
     def identity(self) -> str:
-        """What tells its embeddings from other encoders': its name, with what the name leaves open.
+        """What distinguishes its embeddings from other encoders': its name, with what the name leaves open.
 
         Raises SamError where the weights are asked and not there.
         """
@@ -72,8 +72,8 @@ class Encoder:
         if spec.source == "hub":
             return spec.location
         path = spec.folder()
-        if spec.sha256 and (found := sha256_of(path / WEIGHTS)) != spec.sha256:
-            raise SamError(f"encoder={spec.name}: the weights have sha256 {found}, expected {spec.sha256}")
+        if spec.sha256 and (digest := sha256_of(path / WEIGHTS)) != spec.sha256:
+            raise SamError(f"encoder={spec.name}: the weights have sha256 {digest}, expected {spec.sha256}")
         return str(path)
 
     def embed(self, texts: Sequence[str]) -> Any:

@@ -1,5 +1,1 @@
-"""Named entity recognition: all that knows what a mention is."""
-
-from sam.ner.types import Mention, Pair, Prediction, Sentence, entity_types
-
-__all__ = ["Mention", "Pair", "Prediction", "Sentence", "entity_types"]
+"""Named entity recognition: prompts, parsing, grammar, combining and scores of mentions."""

@@ -1,27 +1,27 @@
-"""Where the texts of pairs stand in a sentence."""
+"""Where the texts of pairs are in a sentence."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from sam.ner.prompts import fold
-from sam.ner.types import Mention, Pair
+from sam.ner.prompts import normalised
+from sam.types import Mention, Pair
 
 
 def align(text: str, pairs: Iterable[Pair]) -> tuple[Mention, ...]:
     """The spans of the pairs in ``text`` (raw, offsets in characters), sorted by start; never overlapping.
 
-    Every occurrence of a pair's text counts, case-sensitive, a space standing for any run of whitespace. Where a text
+    Every occurrence of a pair's text counts, case-sensitive, a space matching any run of whitespace. Where a text
     occurs as whole words, only those occurrences count, else all (as within Chinese, or ``cat`` in ``category``).
     Longest text first; what overlaps a span already placed is dropped; a text under two types goes to the first.
     """
-    folded, offsets = _fold_with_offsets(text)
-    taken = bytearray(len(folded))
+    plain, offsets = _with_offsets(text)
+    taken = bytearray(len(plain))
     mentions: list[Mention] = []
-    clean = [(entity_type, fold(surface)) for entity_type, surface in pairs]
+    clean = [(entity_type, normalised(surface)) for entity_type, surface in pairs]
     for entity_type, surface in sorted(clean, key=lambda pair: -len(pair[1])):
-        for start in _occurrences(folded, surface):
+        for start in _occurrences(plain, surface):
             end = start + len(surface)
             if not any(taken[start:end]):
                 taken[start:end] = b"\1" * len(surface)
@@ -29,17 +29,17 @@ def align(text: str, pairs: Iterable[Pair]) -> tuple[Mention, ...]:
     return tuple(sorted(mentions))
 
 
-def _fold_with_offsets(text: str) -> tuple[str, Sequence[int]]:
-    """The folded text, and for each of its characters the offset in ``text``."""
-    folded = fold(text)
-    if folded == text:
-        return folded, range(len(text))
+def _with_offsets(text: str) -> tuple[str, Sequence[int]]:
+    """The normalised text, and for each of its characters the offset in ``text``."""
+    plain = normalised(text)
+    if plain == text:
+        return plain, range(len(text))
     offsets: list[int] = []
     for word in re.finditer(r"\S+", text):
         if offsets:
             offsets.append(word.start() - 1)
         offsets.extend(range(*word.span()))
-    return folded, offsets
+    return plain, offsets
 
 
 def _occurrences(text: str, surface: str) -> list[int]:
@@ -68,7 +68,7 @@ def locate(pairs: Sequence[Pair], text: str, types: Collection[str]) -> tuple[tu
 
     The two counts are apart: a pair can be in both.
     """
-    folded = fold(text)
-    found = [pair for pair in pairs if fold(pair[1]) in folded]
-    mentions = align(text, [pair for pair in found if pair[0] in types])
-    return mentions, len(pairs) - len(found), sum(entity_type not in types for entity_type, _ in pairs)
+    plain = normalised(text)
+    present = [pair for pair in pairs if normalised(pair[1]) in plain]
+    mentions = align(text, [pair for pair in present if pair[0] in types])
+    return mentions, len(pairs) - len(present), sum(entity_type not in types for entity_type, _ in pairs)

@@ -1,18 +1,17 @@
-"""Combine what several models found in one sentence into one prediction."""
+"""Combine several models' predictions on one sentence into one."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sam.errors import SamError
-from sam.ner import Pair, Prediction
 from sam.ner.alignment import locate
+from sam.task import Rule
+from sam.types import Pair, Prediction
 
 NEEDED = 2
-"""The voices that a pair needs under the rule ``vote``."""
-
-Rule = Callable[[Sequence[Prediction], Sequence[int]], tuple[Pair, ...]]
+"""The votes that a pair needs under the rule ``vote``."""
 
 
 def _union(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
@@ -55,11 +54,11 @@ def combine(
     """One prediction out of several models' ``predictions`` on the sentence ``text``, asked for ``types``.
 
     Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
-    adds), ``intersection`` (pairs that all models found), ``vote`` (pairs that at least two voices found; a merged
-    model speaks for its experts, so ``voices`` holds their number for each model, by default 1). The spans and counts
+    adds), ``intersection`` (pairs that all models predict), ``vote`` (pairs with at least two votes; a merged
+    model votes for each of its experts, so ``voices`` holds their number per model, by default 1). The spans and counts
     are then made anew from the combined pairs: longest text first, and a text that two models give two types keeps both
     pairs while its span goes to the type of the model listed first.
-    ``unparsable`` means that all completions were, ``truncated`` that any was; ``answer`` is empty.
+    ``unparsable`` means that all completions were, ``truncated`` that any was; ``completion`` is empty.
 
     Raises SamError on an unknown rule or no predictions.
     """
@@ -72,7 +71,7 @@ def combine(
     return Prediction(
         pairs=pairs,
         mentions=mentions,
-        answer="",
+        completion="",
         unparsable=all(prediction.unparsable for prediction in predictions),
         truncated=any(prediction.truncated for prediction in predictions),
         not_in_sentence=not_in_sentence,

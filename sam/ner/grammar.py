@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from sam.generation.api import Request
 from sam.ner import prompts
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
 
 EMPTY = 'root ::= " {}"'
 
@@ -29,7 +29,7 @@ def ebnf(types: Sequence[str], text: str) -> str:
     Of piece *i* of the sentence there are three rules: ``from_i``, a text that starts at *i* or later; ``at_i``, the
     rest of a text from *i* on; ``end_i``, what follows a text that ends with *i*. Linear in the sentence's length.
     """
-    parts = pieces(fold(text))
+    parts = pieces(normalised(text))
     if not parts or not types:
         return EMPTY
     names = " | ".join(_literal(json.dumps(f" {name}", ensure_ascii=False)) for name in dict.fromkeys(types))
@@ -52,16 +52,16 @@ def pieces(text: str) -> list[tuple[bool, str]]:
     Between two letters or digits there is no edge, nor between a letter and its accent. Letters without case (category
     Lo) are the exception: Chinese and Thai do not write where a word ends.
     """
-    found: list[tuple[bool, str]] = []
+    cut: list[tuple[bool, str]] = []
     before = ""
     for character in text:
         if character != " ":
             if before not in ("", " ") and _joined(before, character):
-                found[-1] = (found[-1][0], found[-1][1] + character)
+                cut[-1] = (cut[-1][0], cut[-1][1] + character)
             else:
-                found.append((before == " ", character))
+                cut.append((before == " ", character))
         before = character
-    return found
+    return cut
 
 
 def _literal(text: str) -> str:

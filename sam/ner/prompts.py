@@ -1,7 +1,7 @@
-"""The prompt, and the answer that an expert learns to write.
+"""The prompt, and the completion that an expert learns to write.
 
 A prompt is a ``prefix`` that names the entity types and a ``suffix`` that holds one sentence. A generator tokenises
-the two apart and computes the prefix once for all sentences of a target. The answer is one JSON object from text to
+the two apart and computes the prefix once for all sentences of a target. A completion is one JSON object from text to
 entity type.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from sam.ner.types import Sentence
+from sam.types import Sentence
 
 PROMPT_VERSION = "1"
 """Part of every completion's key: raise it with every change to what a model is shown."""
 
 
-def fold(text: str) -> str:
+def normalised(text: str) -> str:
     """``text`` with every run of whitespace as one space, and none at its ends."""
     return " ".join(text.split())
 
@@ -29,25 +29,22 @@ def prefix(types: Sequence[str]) -> str:
 def suffix(text: str) -> str:
     """The part of the prompt that holds one sentence.
 
-    Whitespace is folded: where lines happen to break must not change an answer, and a newline ends the text in this
-    prompt. Answers therefore hold folded texts, and ``align`` finds them in the raw text all the same.
+    Whitespace is normalised: where lines happen to break must not change a completion, and a newline ends the text
+    in this prompt. Completions therefore hold normalised texts; ``align`` finds them in the raw text all the same.
     """
-    return f" {fold(text)}\nEntities:"
-
-
-def render(types: Sequence[str], text: str) -> str:
-    """The whole prompt for one sentence: ``prefix`` and ``suffix``."""
-    return prefix(types) + suffix(text)
+    return f" {normalised(text)}\nEntities:"
 
 
 def answer(sentence: Sentence, types: Sequence[str]) -> str:
-    """The gold answer that an expert learns to write: ``' {" Ada":" person"," Alan":" person"}'``.
+    """The gold completion that an expert learns to write: ``' {" Ada":" person"," Alan":" person"}'``.
 
-    Distinct pairs in order of appearance, whitespace folded, mentions of other types left out; ``' {}'`` without
+    Distinct pairs in order of appearance, whitespace normalised, mentions of other types left out; ``' {}'`` without
     mentions. With a space before it, a word is mostly of the same tokens as in the sentence.
     """
     asked = set(types)
-    pairs = dict.fromkeys((kind, fold(text)) for kind, text in sentence.pairs if kind in asked and fold(text))
+    pairs = dict.fromkeys(
+        (kind, normalised(text)) for kind, text in sentence.pairs if kind in asked and normalised(text)
+    )
     # A text of two types is a key twice: written by hand, as a mapping has each key once.
     return " {" + ",".join(f"{_quote(' ' + text)}:{_quote(' ' + kind)}" for kind, text in pairs) + "}"
 

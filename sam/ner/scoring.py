@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sam.errors import SamError
-from sam.ner import Mention, Pair, Prediction, Sentence
-from sam.ner.prompts import fold
+from sam.ner.prompts import normalised
+from sam.types import Mention, Pair, Prediction, Sentence
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def score(sentences: Sequence[Sentence], predictions: Sequence[Prediction]) -> S
     Raises SamError if the two differ in length, if a sentence has no gold (``mentions`` is None) or a gold mention
     that covers no text of its sentence, or if the spans of a prediction overlap.
     """
-    _check_length(len(sentences), len(predictions))
+    if len(sentences) != len(predictions):
+        raise SamError(
+            f"{len(predictions)} predictions for {len(sentences)} sentences: give one for each, in the same order"
+        )
     for sentence in sentences:
         _check_gold(sentence)
     gold = [gold_pairs(sentence) for sentence in sentences]
@@ -79,25 +82,7 @@ def score(sentences: Sequence[Sentence], predictions: Sequence[Prediction]) -> S
 
 def gold_pairs(sentence: Sentence) -> set[Pair]:
     """The distinct gold pairs of ``sentence``, their texts as they are compared with predicted ones."""
-    return {(entity_type, fold(text)) for entity_type, text in sentence.pairs}
-
-
-def pair_f1(gold: Sequence[Collection[Pair]], predicted: Sequence[Collection[Pair]]) -> float:
-    """Micro F1 over the distinct pairs of each sentence, from 0 to 1; 0.0 if there is no pair at all.
-
-    ``gold`` may be another model's pairs (pseudo-labels): F1 is symmetric. Texts are compared as they are.
-
-    Raises SamError if the two differ in length.
-    """
-    _check_length(len(gold), len(predicted))
-    tp = sum(len(pairs) for pairs in _both(gold, predicted))
-    total = sum(len(set(pairs)) for pairs in (*gold, *predicted))
-    return 2 * tp / total if total else 0.0
-
-
-def _check_length(sentences: int, predictions: int) -> None:
-    if sentences != predictions:
-        raise SamError(f"{predictions} predictions for {sentences} sentences: give one for each, in the same order")
+    return {(entity_type, normalised(text)) for entity_type, text in sentence.pairs}
 
 
 def _check_gold(sentence: Sentence) -> None:
@@ -164,7 +149,7 @@ def flatten(mentions: Collection[Mention]) -> list[Mention]:
 def _borders(mentions: Collection[Mention]) -> dict[int, int]:
     """Each character offset at which a mention starts or ends, numbered from left to right.
 
-    A sentence is cut there, rather than at tokens, as an answered text can start and end anywhere.
+    A sentence is cut there, rather than at tokens, as a predicted text can start and end anywhere.
     """
     offsets = sorted({offset for mention in mentions for offset in (mention.start, mention.end)})
     return {offset: number for number, offset in enumerate(offsets)}

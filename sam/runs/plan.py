@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,18 @@ from sam import extend
 from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.generation import DecodeSpec, Generator, build
+from sam.generation import DecodeSpec, Generator, build, check_constrained
 from sam.merging import MERGE_VERSION, AdapterDeltas, Merge
-from sam.models.base import BaseSpec, Identity, device_of, identify
+from sam.models import sources
+from sam.models.device import device_of
 from sam.models.encoder import EncoderSpec
-from sam.ner import prompts
-from sam.ner.combine import Rule
+from sam.models.identity import Identity, fold_hash, identify
+from sam.models.spec import BaseSpec
+from sam.ner.task import NER
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
-from sam.selection import Selector, custom
+from sam.selection import Selector, custom, selector_of
+from sam.task import Rule, Task
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,12 @@ class Plan:
     targets: list[Target]
     experts: dict[str, str]
     settings: str
+    task: Task
 
     @property
     def uses_encoder(self) -> bool:
         """Whether sentences are embedded."""
-        return self.method.chooser.uses_encoder or self.method.custom_selector is not None
+        return "encoder" in self.method.chooser.uses or self.method.custom_selector is not None
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
@@ -56,7 +60,8 @@ def plan(config: Mapping[str, Any]) -> Plan:
     experts = [] if chooser else listed(config["selector"]["experts"])
     rule, combiner = rule_from(config["combine"])
     only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
-    names = [] if selector == "none" else pool_names(pool, only, exclude)  # the base alone runs beside any pool
+    uses = (chooser or selector_of(selector)).uses
+    names = pool_names(pool, only, exclude) if "names" in uses else []
     method = Method(
         merge=merge,
         names=tuple(names),
@@ -69,13 +74,14 @@ def plan(config: Mapping[str, Any]) -> Plan:
         custom_selector=chooser,
         custom_rule=combiner,
     )
-    method.check(pool)
+    method.check(pool, NER)
     _check_weights(method)
     targets = load_targets(config["target"], config["limit"], config["limit_seed"])
-    if method.chooser.uses_gold and not all(t.scored for t in targets):
+    if "gold" in method.chooser.uses and not all(t.scored for t in targets):
         raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
-    base.check()
+    sources.check(base)
+    fold_hash(base)  # opens the warm start
     device = device_of(config["trainer"]["accelerator"])
     used = sorted({*names, *experts})
     return Plan(
@@ -84,43 +90,62 @@ def plan(config: Mapping[str, Any]) -> Plan:
         pool=pool,
         method=method,
         decode=decode,
-        generator=build(config["generator"], base, device, decode.max_new_tokens),
+        generator=build(config["generator"], base, device, decode),
         targets=targets,
         experts={name: AdapterDeltas.open(pool.folder(name)).content_hash for name in used},
         settings=json.dumps(config["generator"], sort_keys=True),
+        task=NER,
     )
 
 
 def identified(planned: Plan) -> Identity:
     """What the base model is, once it is here (converted or downloaded first, which is announced).
 
-    Raises SamError where experts were trained on another one, or on another prompt.
+    Raises SamError where experts were trained on another one, or on another prompt, or where the generator that
+    ``auto`` chooses for it cannot run.
     """
-    found = identify(planned.base)
-    planned.pool.check(found.fingerprint, prompts.PROMPT_VERSION, sorted(planned.experts))
-    return found
+    base = identify(planned.base)
+    planned.pool.check(base.fingerprint, planned.task.version, sorted(planned.experts))
+    if planned.decode.constrained:
+        check_constrained(planned.generator)
+    return base
 
 
 def content(planned: Plan, base: Identity) -> dict[str, Any]:
     """All that a result depends on, by content: no path, and no setting that cannot change what is extracted."""
-    method = {f.name: getattr(planned.method, f.name) for f in fields(Method) if not f.name.startswith("custom_")}
-    method["merge"] = [planned.method.merge.content(), planned.method.merge.weights]
-    cards = planned.pool.cards
     data = repr([(t.name, t.types, t.sentences, t.unlabelled, t.own_types) for t in planned.targets])
     return {
         "schema": SCHEMA,
-        "prompt": prompts.PROMPT_VERSION,
+        "prompt": planned.task.version,
         "scores": SCORES_VERSION,
         "merging": MERGE_VERSION,
-        "method": method,
+        "method": _method_content(planned.method),
         "decode": asdict(planned.decode),
         "generator": planned.generator.key(),
         "base": [base.fingerprint, base.settings, planned.base.dtype],
         "encoder": planned.encoder.identity if planned.uses_encoder else None,
-        "experts": {n: [weights, cards[n].encoder, cards[n].centroid] for n, weights in planned.experts.items()},
+        "experts": {name: [weights, *_centroid(planned, name)] for name, weights in planned.experts.items()},
         "targets": hashlib.sha256(data.encode()).hexdigest(),
         "versions": versions(),
     }
+
+
+def _method_content(method: Method) -> dict[str, Any]:
+    """What of the method can change a result: the options that its selector uses, and the merge where one is made."""
+    options = ("names", "k", "sample_size", "seed", "experts")
+    used = options if method.custom_selector else [option for option in options if option in method.chooser.uses]
+    merges = method.largest is None or method.largest > 1
+    return {
+        "selector": method.selector,
+        "rule": method.rule,
+        "merge": [method.merge.content(), method.merge.weights] if merges else None,
+        **{option: getattr(method, option) for option in used},
+    }
+
+
+def _centroid(planned: Plan, name: str) -> list[Any]:
+    card = planned.pool.cards[name]
+    return [card.encoder, card.centroid] if planned.uses_encoder else []
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
@@ -154,7 +179,7 @@ def _named(target: str, function: Callable[..., Any], given: Mapping[str, Any]) 
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
-    """A list of names from a config, where one name may stand bare."""
+    """A list of names from a config, where a single name needs no brackets."""
     return [names] if isinstance(names, str) else list(names or [])
 
 
@@ -181,9 +206,6 @@ def _check_weights(method: Method) -> None:
         raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
     if method.selector == "none":
         raise SamError("merge.weights fits no selector=none, which merges nothing; remove one of the two")
-    sizes = {"named": len(method.experts), "all": len(method.names), "each": 1}
-    chosen = sizes.get(method.selector, method.k)
-    if len(method.merge.weights) != chosen:
-        raise SamError(
-            f"merge.weights has {len(method.merge.weights)} values for {chosen} experts; give one per expert"
-        )
+    size = method.largest or method.k
+    if len(method.merge.weights) != size:
+        raise SamError(f"merge.weights has {len(method.merge.weights)} values for {size} experts; give one per expert")

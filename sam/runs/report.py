@@ -1,4 +1,4 @@
-"""What a run says of itself: sections of ``result.json``, lines of ``predictions.jsonl``, W&B's numbers, a table."""
+"""What a run reports: sections of ``result.json``, lines of ``predictions.jsonl``, W&B's numbers, a table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from sam.console import print_table, say
 from sam.engine import Engine
-from sam.ner import Mention, Prediction, prompts
+from sam.generation import Request
 from sam.pipeline import COMBINED, Method, TargetResult
 from sam.results import PREDICTIONS, RESULT, peak_memory_mb
 from sam.selection.select import SELECTORS
+from sam.task import Task
+from sam.types import Mention, Prediction
 
 MAIN = ("precision", "recall", "f1", "span_f1")
 
@@ -33,7 +35,7 @@ def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, A
     return {
         "n": len(target.sentences),
         "types": list(target.types),
-        "labels_used_for_selection": method.chooser.uses_gold,
+        "labels_used_for_selection": "gold" in method.chooser.uses,
         "selections": {name: s.to_dict() for name, s in result.selections.items()},
         "models": models,
         "combined": {"rule": method.rule, "scores": scores.get(COMBINED)},
@@ -41,7 +43,7 @@ def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, A
     }
 
 
-def prediction_rows(result: TargetResult) -> list[dict[str, Any]]:
+def prediction_rows(result: TargetResult, task: Task) -> list[dict[str, Any]]:
     """One target's lines of ``predictions.jsonl``, in the order of its sentences."""
     target = result.target
     return [
@@ -50,22 +52,25 @@ def prediction_rows(result: TargetResult) -> list[dict[str, Any]]:
             "id": s.id,
             "text": s.text,
             "gold": None if s.mentions is None else [_mention(m) for m in s.mentions],
-            "prompt": prompts.render(target.types_of(s), s.text),
+            "prompt": _prompt(task.request(target.types_of(s), s.text, False)),
             "models": {
-                name: {"answer": found[s.id].answer, **_found(found[s.id])}
-                for name, found in result.predictions.items()
+                name: {"answer": of[s.id].completion, **_entities(of[s.id])} for name, of in result.predictions.items()
             },
-            "combined": _found(result.combined[s.id]),
+            "combined": _entities(result.combined[s.id]),
         }
         for s in target.sentences
     ]
+
+
+def _prompt(request: Request) -> str:
+    return request.prefix + request.suffix
 
 
 def _mention(mention: Mention) -> list[Any]:
     return [mention.type, mention.start, mention.end]
 
 
-def _found(prediction: Prediction) -> dict[str, Any]:
+def _entities(prediction: Prediction) -> dict[str, Any]:
     return {"pairs": [list(p) for p in prediction.pairs], "mentions": [_mention(m) for m in prediction.mentions]}
 
 
@@ -73,10 +78,10 @@ def sections(targets: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """The result's sections over all targets; ``overall`` is the unweighted mean over those with gold."""
     import torch
 
-    found = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
+    scores = [t["combined"]["scores"] for t in targets.values() if t["combined"]["scores"]]
     return {
         "targets": targets,
-        "overall": {m: sum(s[m] for s in found) / len(found) for m in MAIN} if found else None,
+        "overall": {m: sum(s[m] for s in scores) / len(scores) for m in MAIN} if scores else None,
         "completions": dict(engine.counts),
         "seconds": {stage: round(s, 2) for stage, s in engine.seconds.items()},
         "threads": torch.get_num_threads(),
@@ -86,12 +91,12 @@ def sections(targets: dict[str, Any], engine: Engine) -> dict[str, Any]:
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that go to W&B, flat: ``target/model/metric`` and ``mean/metric``."""
-    found = {f"mean/{m}": v for m, v in (result["overall"] or {}).items()}
+    values = {f"mean/{m}": v for m, v in (result["overall"] or {}).items()}
     for name, target in result["targets"].items():
         all_scores = {n: m["scores"] for n, m in target["models"].items()} | {"combined": target["combined"]["scores"]}
         for model, scores in all_scores.items():
-            found.update({f"{name}/{model}/{m}": scores[m] for m in MAIN if scores})
-    return {**found, "seconds": result["seconds"]["total"], "peak_memory_mb": result["peak_memory_mb"]}
+            values.update({f"{name}/{model}/{m}": scores[m] for m in MAIN if scores})
+    return {**values, "seconds": result["seconds"]["total"], "peak_memory_mb": result["peak_memory_mb"]}
 
 
 def show(result: Mapping[str, Any], folder: Path) -> None:
@@ -114,7 +119,7 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
     note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
     config = result["config"]
     name = config["selector"]["name"]
-    used = name not in SELECTORS or SELECTORS[name].uses_k
+    used = name not in SELECTORS or "k" in SELECTORS[name].uses
     several = any(len(m["experts"]) > 1 for t in result["targets"].values() for m in t["models"].values())
     shown = [f"selector={name}"]
     shown += [f"merge={config['merge']['name']}"] * several + [f"k={config['k']}"] * used
@@ -122,7 +127,7 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
     print_table(title, ["target", "model", "experts", "P", "R", "F1", "unparsable", "seconds"], rows)
     counts = result["completions"]
     say(f"{counts.get('generated', 0)} completions generated, {counts.get('reused', 0)} reused; {folder / RESULT}")
-    say(f"what was found in each sentence: {folder / PREDICTIONS}")
+    say(f"predictions of each sentence: {folder / PREDICTIONS}")
 
 
 def _cells(scores: Mapping[str, Any] | None) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam.console import console, say
-from sam.models.base import Identity, threads
+from sam.models.device import threads
+from sam.models.identity import Identity
 from sam.paths import cache_dir
 from sam.results import (
     PREDICTIONS,
@@ -44,15 +45,17 @@ class Models:
         self._encoder: Encoder | None = None
 
     def engine(self, planned: Plan, base: Identity, fresh: bool) -> Engine:
-        """An engine for ``planned``: that of the last job if base, experts, generator and decoding are the same."""
+        """An engine for ``planned``: that of the last job if base, generator and decoding are the same."""
         from sam.engine import Engine
         from sam.generation import CompletionCache
 
-        of = (base, planned.base, planned.experts, planned.pool.path, planned.decode, planned.settings)
+        of = (base, planned.base, planned.decode, planned.settings)
         cache = CompletionCache(None if fresh else cache_dir() / "completions")
         if self._engine is None or self._of != of:
             self.close()  # before the next one takes its memory
-            self._engine = Engine(planned.pool, planned.generator, cache, base, planned.decode.constrained)
+            self._engine = Engine(
+                planned.pool, planned.generator, cache, base, planned.task, planned.decode.constrained
+            )
             self._of = of
         self._engine.begin(planned.pool, cache)
         return self._engine
@@ -94,7 +97,7 @@ def run(
         return float(done["overall"]["f1"] if done["overall"] else "nan")
     # An older result of another config must not pass for this one's while it runs, or if it is killed.
     write_status(folder, "running", overrides, config=own)
-    with tracked(config, folder, group, name=" ".join(overrides) or "run") as tracker:
+    with tracked(own, folder, group, name=" ".join(overrides) or "run") as tracker:
         (folder / RESULT).unlink(missing_ok=True)
         result, rows = run_targets(planned, base, models or Models(), config["completions"] == "fresh")
         result = {**provenance(own, digest, overrides, planned, base), **result}
@@ -124,7 +127,7 @@ def run_targets(
         with bars() as progress:
             results = pipeline.run(planned.method, planned.targets, engine, encoder, progress)
         targets = {name: section(one, planned.method, engine) for name, one in results.items()}
-        rows = [row for one in results.values() for row in prediction_rows(one)]
+        rows = [row for one in results.values() for row in prediction_rows(one, planned.task)]
         return sections(targets, engine), rows
     except BaseException:
         models.close()  # what failed for want of memory must not want it for the rest of a sweep

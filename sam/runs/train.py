@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sam import data as corpora
 from sam.console import print_table
+from sam.data import spec as dataset_spec
 from sam.errors import SamError
 from sam.experts.card import Card
 from sam.experts.training.recipe import Recipe
 from sam.experts.training.train import Job, train_expert
-from sam.generation import DecodeSpec, build
-from sam.models.base import BaseSpec, device_of, load
+from sam.generation import DecodeSpec, build, check_constrained
+from sam.models.base import load
+from sam.models.device import device_of
 from sam.models.encoder import Encoder, EncoderSpec
+from sam.models.spec import BaseSpec
 from sam.tracking import tracked
 
 
@@ -21,8 +23,10 @@ def train(config: dict[str, Any], folder: Path, group: str | None) -> float:
     """Train ``config['domain']`` into ``config['task']['out']``; returns its mean held-out F1."""
     job, decode = job_of(config), DecodeSpec.from_config(config["decode"])
     spec, device = BaseSpec.from_config(config["base"]), device_of(config["trainer"]["accelerator"])
-    generator = build(config["generator"], spec, device, decode.max_new_tokens)
+    generator = build(config["generator"], spec, device, decode)
     base, encoder = load(spec, device), Encoder(EncoderSpec.from_config(config["encoder"]))
+    if decode.constrained:
+        check_constrained(generator)
     with tracked(config, folder, group, name=f"train {job.name}") as run:
         card = train_expert(job, base, encoder, generator, _logger(run))
         f1 = float(card.scores["mean_f1"])
@@ -36,11 +40,11 @@ def job_of(config: dict[str, Any]) -> Job:
     """The training that ``config`` asks for; raises SamError for what cannot be trained on."""
     domain, task = config["domain"], config["task"]
     for dataset in (d for part in domain["domains"] for d in part):
-        if corpora.spec(dataset).role == "open":
+        if dataset_spec(dataset).role == "open":
             raise SamError(
                 f"domain={domain['name']}: {dataset} is mixed in by train.open_sentences, not by domain.domains"
             )
-        if "train" not in corpora.spec(dataset).splits:
+        if "train" not in dataset_spec(dataset).splits:
             raise SamError(f"domain={domain['name']}: dataset {dataset} has no train split")
     if domain["role"] == "start" and config["base"].get("fold"):
         raise SamError(f"domain={domain['name']} is what others start from: train it on the bare base, base.fold=null")

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import combinations
 
-from sam.ner import Pair, Prediction
-from sam.ner.scoring import pair_f1
 from sam.seeding import rng
 from sam.selection.types import Ranking
+from sam.types import Pair, Prediction
 
 log = logging.getLogger(__name__)
 
+BY_VOTE = "f1 against majority pseudo-labels"
+BY_AGREEMENT = "mean pairwise agreement (no mention has a majority)"
+
 Ask = Callable[[str, Sequence[str]], list[Prediction]]
-"""``ask(expert, texts)``: what one expert finds in each text."""
+"""``ask(expert, texts)``: the predictions of one expert alone."""
 
 
 def draw(texts: Sequence[str], size: int, *seeds: object) -> list[int]:
@@ -36,30 +38,37 @@ def rank(
 ) -> Ranking:
     """Rank experts ``names`` by micro-F1 of their pairs against the majority's on the sentences ``ids``.
 
-    A pair is a pseudo-label if more than half of the experts answered it. Where no pair of any sentence is, experts
-    are ranked by their mean pairwise F1 with the others, and ``details["by"]`` says so. Equal experts are in an order
+    A pair is a pseudo-label if more than half of the experts predict it. Where no pair of any sentence is, experts
+    are ranked by their mean pairwise F1 with the others, as ``details["by"]`` records. Equal experts are in an order
     drawn by ``seeds``; with a warning where all are 0.
     """
     sample = [texts[i] for i in ids]
     pairs = {name: [frozenset(p.pairs) for p in ask(name, sample)] for name in names}
     votes = [Counter(pair for name in names for pair in pairs[name][row]) for row in range(len(sample))]
     pseudo = [frozenset(p for p, n in count.items() if 2 * n > len(names)) for count in votes]
-    found = any(pseudo)
-    scores = {n: pair_f1(pseudo, pairs[n]) for n in names} if found else agreement(pairs)
+    has_majority = any(pseudo)
+    scores = {n: pair_f1(pseudo, pairs[n]) for n in names} if has_majority else agreement(pairs)
     if len(names) > 1 and not any(scores.values()):
         log.warning(
-            "sampling: no two of %s agree on a mention in the %d sampled sentences, so their order says nothing; "
+            "sampling: no two of %s agree on a mention in the %d sampled sentences, so their order means nothing; "
             "raise sample_size",
             ", ".join(names),
             len(sample),
         )
     details = {
-        "by": "f1 against majority pseudo-labels" if found else "mean pairwise agreement (no mention has a majority)",
+        "by": BY_VOTE if has_majority else BY_AGREEMENT,
         "sampled": list(ids),
         "votes": [[[*pair, n] for pair, n in sorted(c.items(), key=lambda i: (-i[1], i[0]))] for c in votes],
         "pseudo_labels": sum(map(len, pseudo)),
     }
     return Ranking.by({name: round(score, 6) for name, score in scores.items()}, details, seeds)
+
+
+def pair_f1(gold: Sequence[Collection[Pair]], predicted: Sequence[Collection[Pair]]) -> float:
+    """Micro F1 over the distinct pairs of each sentence, from 0 to 1; 0.0 if there is no pair at all."""
+    tp = sum(len(set(g) & set(p)) for g, p in zip(gold, predicted, strict=True))
+    total = sum(len(set(pairs)) for pairs in (*gold, *predicted))
+    return 2 * tp / total if total else 0.0
 
 
 def agreement(pairs: Mapping[str, Sequence[frozenset[Pair]]]) -> dict[str, float]:

@@ -14,16 +14,18 @@ from sam.seeding import rng
 from sam.selection import domain, oracle, sampling
 from sam.selection.sampling import Ask
 from sam.selection.types import Ranking, Selection
+from sam.task import Task
 
 
 @dataclass
 class Query:
-    """All that a selector may look at; rankings are made when asked for, once."""
+    """All that a selector sees; rankings are made when asked for, once."""
 
     target: Target
     pool: Pool
     names: Sequence[str]
     encoder: Encoder
+    task: Task
     ask: Ask
     k: int
     sample_size: int
@@ -81,7 +83,7 @@ def _random(query: Query) -> dict[str, Selection]:
 
 
 def _random_pair(query: Query) -> dict[str, Selection]:
-    """What sam is to be compared with: two models as well, of experts drawn by chance; the first is that of random."""
+    """The control for sam: two models as well, of experts drawn by chance; the first is that of random."""
     return {**_random(query), "random_second": _drawn(query, "random_pair")}
 
 
@@ -106,35 +108,35 @@ def _named(query: Query) -> dict[str, Selection]:
 
 
 def _oracle(query: Query) -> dict[str, Selection]:
-    ranking = oracle.rank(query.target.scored, query.names, query.ask, (query.seed, query.target.name))
+    ranking = oracle.rank(query.target.scored, query.names, query.ask, query.task, (query.seed, query.target.name))
     return {"oracle": Selection.top("oracle", ranking, query.k)}
 
 
 @dataclass(frozen=True)
 class Selector:
-    """``choose`` names the task models and their experts; ``uses_k``: whether k bounds how many are merged;
-    ``uses_encoder``: whether sentences are embedded."""
+    """``choose`` names the task models and their experts; ``uses``: the fields of the query that it depends on beside
+    the target's texts, and ``gold`` for the target's mentions."""
 
     choose: Callable[[Query], dict[str, Selection]]
-    uses_k: bool = True
-    uses_encoder: bool = False
-    uses_sample: bool = False
-    uses_gold: bool = False
+    uses: frozenset[str]
 
+
+_TOP = frozenset({"names", "k", "seed"})
+_POOL = frozenset({"names"})
 
 SELECTORS: dict[str, Selector] = {
-    "sam": Selector(_sam, uses_encoder=True, uses_sample=True),
-    "sameco": Selector(_sameco, uses_encoder=True, uses_sample=True),
-    "domain": Selector(_domain, uses_encoder=True),
-    "sampling": Selector(_sampling, uses_sample=True),
-    "random": Selector(_random),
-    "random_pair": Selector(_random_pair),
-    "all": Selector(_all, uses_k=False),
-    "each": Selector(_each, uses_k=False),
-    "all_each": Selector(_all_each, uses_k=False),
-    "named": Selector(_named, uses_k=False),
-    "none": Selector(_none, uses_k=False),
-    "oracle": Selector(_oracle, uses_gold=True),
+    "sam": Selector(_sam, _TOP | {"encoder", "sample_size"}),
+    "sameco": Selector(_sameco, _TOP | {"encoder", "sample_size"}),
+    "domain": Selector(_domain, _TOP | {"encoder"}),
+    "sampling": Selector(_sampling, _TOP | {"sample_size"}),
+    "random": Selector(_random, _TOP),
+    "random_pair": Selector(_random_pair, _TOP),
+    "all": Selector(_all, _POOL),
+    "each": Selector(_each, _POOL),
+    "all_each": Selector(_all_each, _POOL),
+    "named": Selector(_named, frozenset({"experts"})),
+    "none": Selector(_none, frozenset()),
+    "oracle": Selector(_oracle, _TOP | {"gold"}),
 }
 
 
@@ -149,15 +151,15 @@ def check(
     name: str, selector: Selector, k: int, sample_size: int, names: Sequence[str], pool: Pool, experts: Sequence[str]
 ) -> None:
     """Refuse a selection that cannot be made, before anything is loaded."""
-    if selector.uses_k and not (type(k) is int and 1 <= k <= len(names)):
+    if "k" in selector.uses and not (type(k) is int and 1 <= k <= len(names)):
         raise SamError(f"k={k} must be an integer in 1..{len(names)}, the size of the pool ({', '.join(names)})")
-    if selector.uses_sample and not (type(sample_size) is int and sample_size >= 1):
+    if "sample_size" in selector.uses and not (type(sample_size) is int and sample_size >= 1):
         raise SamError(f"sample_size={sample_size} must be an integer of at least 1")
-    if experts and name != "named":
+    if experts and "experts" not in selector.uses:
         raise SamError(f"selector={name} does not use selector.experts; choose selector=named or remove it")
-    if name == "named":
+    if "experts" in selector.uses:
         if not experts:
-            raise SamError(f"selector=named needs selector.experts=[…]; the pool holds: {', '.join(pool.cards)}")
+            raise SamError(f"selector={name} needs selector.experts=[…]; the pool holds: {', '.join(pool.cards)}")
         for expert in experts:
             pool.folder(expert)
 
@@ -182,4 +184,4 @@ def custom(
                 )
         return {str(model): Selection(target, tuple(experts), {}) for model, experts in chosen.items()}
 
-    return Selector(choose, uses_k=uses_k, uses_gold=uses_gold)
+    return Selector(choose, _POOL | ({"k"} if uses_k else set()) | ({"gold"} if uses_gold else set()))

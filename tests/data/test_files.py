@@ -8,7 +8,7 @@ import pytest
 
 from sam.data import read_file
 from sam.errors import SamError
-from sam.ner import Mention
+from sam.types import Mention
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:
@@ -79,7 +79,7 @@ def test_plain_text(tmp_path: Path) -> None:
         ),
         ("a.csv", "text,label\nAda sang,x\n", r"a.csv: CSV is not read; give JSON lines"),
         ("a.json", '[\n {"text": "Ada sang"}\n]\n', r"a.json: not JSON lines; put each sentence's object on a line"),
-        ("a.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": "1"}\n', r"a.jsonl: id '1' stands on more than one"),
+        ("a.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": "1"}\n', r"a.jsonl: id '1' belongs to more than one"),
         ("a.conll", "Ada B-per\nsang\n", r"a.conll:2: needs a token in the first column and a tag in the last"),
         ("a.tsv", "Ada\tB-per\n\tO\n", r"a.tsv:2: needs a token"),
         ("a.tsv", "Ada\tB-per\nx\tP\n", r"a.tsv:2: tag 'P' is neither O nor B-TYPE or I-TYPE"),

@@ -8,7 +8,7 @@ import pytest
 
 from sam.data.loading import joined
 from sam.data.readers import Draft
-from sam.ner import Mention
+from sam.types import Mention
 
 
 @pytest.mark.parametrize(

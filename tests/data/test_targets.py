@@ -12,7 +12,7 @@ from sam import data as corpora
 from sam.data.targets import MISC, load_targets, mini
 from sam.errors import SamError
 from sam.launch import compose
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 from tests.tiny import one_line
 
 MINI = ("ai", "literature", "movie", "music", "politics", "restaurant", "science")
@@ -139,7 +139,7 @@ def test_misc_of_crossner(dataset: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
         asked.append(split)
         return sentences
 
-    monkeypatch.setattr(corpora, "load", load)
+    monkeypatch.setattr("sam.data.targets.load", load)
     sets = {dataset: {"kind": "corpus", "dataset": dataset, "split": "test", "unlabelled": "train"}}
     (target,) = load_targets(config(sets))
     assert asked == ["test", "train"]
@@ -293,7 +293,7 @@ def test_open_sentences_keep_their_own_types() -> None:
 def test_texts_of_another_split_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"test": ["a", "b", "c"], "train": ["b", "d"]}
     monkeypatch.setattr(
-        corpora, "load", lambda dataset, split: [Sentence(t, t, (Mention(0, 1, "x"),)) for t in texts[split]]
+        "sam.data.targets.load", lambda dataset, split: [Sentence(t, t, (Mention(0, 1, "x"),)) for t in texts[split]]
     )
     part = {"kind": "corpus", "dataset": "toy", "split": "test", "unlabelled": "train"}
     (plain,), (without,) = (load_targets(config({"t": options})) for options in (part, {**part, "without": "train"}))

@@ -90,7 +90,7 @@ def test_report_is_written_under_its_name_and_machine(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(("half", "end"), [(True, "-bf16"), (False, "")])
 def test_machine_is_a_slug(monkeypatch: pytest.MonkeyPatch, half: bool, end: str) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX9")
-    monkeypatch.setattr("sam.models.base.multiplies_bf16", lambda: half)
+    monkeypatch.setattr("sam.models.device.multiplies_bf16", lambda: half)
     found = machine("cpu")
     assert found["slug"].startswith(f"cpu-{found['cores']}-") and found["slug"].endswith(f"-avx9{end}")
     assert set(found["slug"]) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.bench.decode import REFERENCE, agreement, sample
 from sam.generation import Completion
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 ASKED = [(("person",), Sentence(str(n), "Ada sang.", (Mention(0, 3, "person"),))) for n in range(4)]
 

@@ -19,7 +19,7 @@ from experiments.collect import MEAN, load_jobs
 from experiments.comparison import Comparison, Outcome, Row, compare
 from experiments.main_table import latex, main, markdown, published, textless, write
 from sam.errors import SamError
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 from tests.tiny import one_line
 
 TEXT = "Ada met Bob in Bath."

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.overlap import markdown, overlap, summary
 from sam.data.targets import Target
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 ANGLES = {"bee": 0, "insect": 30, "cat": 90, "pet": 150}
 

@@ -14,8 +14,11 @@ from sam.errors import SamError
 from sam.experts import Card, Pool
 from sam.experts.modelcard import write_readme
 from sam.launch import compose
-from sam.models.base import Base, BaseSpec, fold_hash, identity, staged
+from sam.models.base import Base
+from sam.models.identity import fold_hash, identity
+from sam.models.spec import BaseSpec
 from sam.ner.prompts import PROMPT_VERSION
+from sam.paths import staged
 from tests.tiny import make_card, one_line
 
 MakePool = Callable[..., Pool]

@@ -49,6 +49,30 @@ def test_the_first_completion_of_a_request_stays(tmp_path: Path) -> None:
     assert cache.get(MODEL, [ADA]) == {0: DONE} == kept(tmp_path, ADA)
 
 
+def write_line(folder: Path, file: str, written: float, text: str) -> None:
+    line = {"key": request_key(ADA), "time": written, "text": text, "truncated": False, "logprobs": [], "ends": []}
+    path = folder / MODEL / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize("first", ["a.jsonl", "b.jsonl"])
+def test_the_first_completion_of_several_processes_stays_in_whatever_order_files_are_read(
+    tmp_path: Path, first: str
+) -> None:
+    other = {"a.jsonl": "b.jsonl", "b.jsonl": "a.jsonl"}[first]
+    caches = {file: CompletionCache(tmp_path) for file in (first, other)}
+    write_line(tmp_path, first, 1.0, "first")
+    caches[first].get(MODEL, [ADA])
+    write_line(tmp_path, other, 2.0, "second")
+    assert [c.get(MODEL, [ADA])[0].text for c in caches.values()] == ["first", "first"]
+    late = CompletionCache(tmp_path)
+    (tmp_path / MODEL / first).rename(tmp_path / "kept")
+    assert late.get(MODEL, [ADA])[0].text == "second"
+    (tmp_path / "kept").rename(tmp_path / MODEL / first)
+    assert late.get(MODEL, [ADA])[0].text == "first"
+
+
 def test_without_a_folder_completions_last_as_long_as_the_cache() -> None:
     cache = CompletionCache(None)
     cache.put(MODEL, ADA, DONE)

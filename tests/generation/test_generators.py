@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.generation import Auto, Generator, build
+from sam.generation import Auto, DecodeSpec, Generator, build, check_constrained
 from sam.generation.openvino import OpenVINOGenerator
 from sam.generation.transformers import TransformersGenerator
 from sam.merging import AdapterDeltas, Merge, linear, merge_modules, merged
-from sam.models.base import Base, BaseSpec, load
+from sam.models.base import Base, load
+from sam.models.spec import BaseSpec
 from sam.ner import grammar, parsing
 from tests.generation.models import LIMIT, TEXTS, TYPES, completions, generated, oracle, requests, write_model
 from tests.tiny import one_line, write_adapter, write_base
@@ -128,7 +130,7 @@ def test_penalties_of_the_model_are_not_applied(make: Make, tiny: Base, tmp_path
 
 def test_openvino_leaves_nothing_behind(tiny_spec: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    generator = OpenVINOGenerator(tiny_spec, "cpu", 8, precision="fp32")
+    generator = OpenVINOGenerator(tiny_spec, "cpu", 8, 64, "fp32")
     generator.load(())
     assert len(list(tmp_path.iterdir())) == 1
     generator.close()
@@ -144,7 +146,7 @@ def test_openvino_leaves_nothing_behind(tiny_spec: BaseSpec, tmp_path: Path, mon
         1,
     )
     with pytest.raises(SamError):
-        OpenVINOGenerator(other, "cpu", 8, precision="fp32").load(())
+        OpenVINOGenerator(other, "cpu", 8, 64, "fp32").load(())
     assert not list(tmp_path.glob("sam-openvino-*"))
 
 
@@ -154,7 +156,7 @@ def test_openvino_refuses_deltas_of_weights_that_it_keeps_once(tmp_path: Path) -
     first, second = (base.model.model.layers[n].mlp.up_proj.weight.data for n in (0, 1))
     second.copy_(first)
     base.model.save_pretrained(str(folder))
-    generator = OpenVINOGenerator(BaseSpec("tiny", "local", location=str(folder)), "cpu", 8, precision="fp32")
+    generator = OpenVINOGenerator(BaseSpec("tiny", "local", location=str(folder)), "cpu", 8, 64, "fp32")
     with pytest.raises(SamError, match="has the same weight as another one"):
         generator.load(deltas(UP))
 
@@ -222,8 +224,8 @@ def test_constrained_completions_are_in_the_language(make: Make, tmp_path: Path,
 
 def test_generators_agree_on_constrained_completions(tiny_spec: BaseSpec) -> None:
     asked = [grammar.request(TYPES, text, True) for text in TEXTS]
-    one = completions(OpenVINOGenerator(tiny_spec, "cpu", LIMIT, precision="fp32"), asked)
-    other = completions(TransformersGenerator(tiny_spec, "cpu", LIMIT, precision="fp32"), asked)
+    one = completions(OpenVINOGenerator(tiny_spec, "cpu", LIMIT, 64, "fp32"), asked)
+    other = completions(TransformersGenerator(tiny_spec, "cpu", LIMIT, 16, "fp32"), asked)
     assert [c.text for c in one] == [c.text for c in other]
     assert [c.logprobs for c in one] != [()] * len(one)
 
@@ -247,7 +249,7 @@ def test_openvino_refuses_prompts_beyond_a_sliding_window(tmp_path: Path, kind: 
     options = {"layer_types": ["sliding_attention", "full_attention"]} if kind == "gemma3" else {}
     spec = BaseSpec(kind, "local", location=str(write_model(tmp_path, kind, sliding_window=60, **options)))
     base, (short, long) = load(spec, "cpu"), requests(["x", TEXTS[2] * 2])
-    generator = OpenVINOGenerator(spec, "cpu", 8, precision="fp32")
+    generator = OpenVINOGenerator(spec, "cpu", 8, 64, "fp32")
     assert completions(generator, [short])[0].text == oracle(base, short, 8)[0]
     with pytest.raises(SamError) as error:
         completions(generator, [short, long])
@@ -266,18 +268,51 @@ def test_openvino_leaves_other_models_to_transformers(
     assert [m for m in caplog.messages if "gpt2" in m and "transformers" in m]
 
 
+@pytest.mark.parametrize(
+    ("kind", "window", "chosen"), [("mistral", 512, False), ("gemma3", 512, False), ("gemma3", 4096, True)]
+)
+def test_auto_leaves_a_short_sliding_window_to_transformers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, window: int, chosen: bool
+) -> None:
+    spec = BaseSpec(f"{kind}_{window}", "local", location=str(write_model(tmp_path, kind, sliding_window=window)))
+    with caplog.at_level("INFO"):
+        assert isinstance(Auto(spec, "cpu", 8, 4, "auto").chosen, OpenVINOGenerator) is chosen
+    assert [f"sliding window of {window}" in message for message in caplog.messages] == ([] if chosen else [True])
+
+
+def test_a_missing_grammar_package_is_noticed_before_a_model_is_loaded(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GPT2Config
+
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    spec, constrained = BaseSpec("x", "local", location=str(tmp_path / "nowhere")), DecodeSpec(8, True)
+    config = {"_target_": "sam.generation.transformers.TransformersGenerator", "batch_size": 4, "precision": "auto"}
+    with pytest.raises(SamError) as error:
+        build(config, spec, "cpu", constrained)
+    assert "needs xgrammar; install it with: pip install 'sam-ner[grammar]'" in one_line(error)
+    build(config, spec, "cpu", DecodeSpec(8, False))
+    auto = {**config, "_target_": "sam.generation.Auto"}
+    GPT2Config().save_pretrained(str(tmp_path / "gpt2"))
+    (tmp_path / "gpt2" / "model.safetensors").touch()
+    other = build(auto, BaseSpec("x", "local", location=str(tmp_path / "gpt2")), "cpu", constrained)
+    with pytest.raises(SamError, match="needs xgrammar"):
+        check_constrained(other)
+    check_constrained(build(auto, BaseSpec("tiny", "local", location=str(tiny_base)), "cpu", constrained))
+
+
 def test_keys_hold_what_can_change_a_completion(tiny_spec: BaseSpec) -> None:
     keys = [
-        OpenVINOGenerator(tiny_spec, "cpu", 8, precision="fp32").key(),
-        OpenVINOGenerator(tiny_spec, "cpu", 9, precision="fp32").key(),
-        OpenVINOGenerator(tiny_spec, "cpu", 8, precision="bf16").key(),
-        OpenVINOGenerator(tiny_spec, "cpu", 8, 32, precision="bf16").key(),
-        TransformersGenerator(tiny_spec, "cpu", 8, precision="fp32").key(),
-        TransformersGenerator(tiny_spec, "cpu", 8, precision="bf16").key(),
-        TransformersGenerator(tiny_spec, "cpu", 8, 4, precision="fp32").key(),
-        TransformersGenerator(tiny_spec, "cuda", 8, precision="fp32").key(),
+        OpenVINOGenerator(tiny_spec, "cpu", 8, 64, "fp32").key(),
+        OpenVINOGenerator(tiny_spec, "cpu", 9, 64, "fp32").key(),
+        OpenVINOGenerator(tiny_spec, "cpu", 8, 64, "bf16").key(),
+        OpenVINOGenerator(tiny_spec, "cpu", 8, 32, "bf16").key(),
+        TransformersGenerator(tiny_spec, "cpu", 8, 16, "fp32").key(),
+        TransformersGenerator(tiny_spec, "cpu", 8, 16, "bf16").key(),
+        TransformersGenerator(tiny_spec, "cpu", 8, 4, "fp32").key(),
+        TransformersGenerator(tiny_spec, "cuda", 8, 16, "fp32").key(),
         *(
-            kind(dataclasses.replace(tiny_spec, dtype="bfloat16"), "cpu", 8, precision="fp32").key()
+            kind(dataclasses.replace(tiny_spec, dtype="bfloat16"), "cpu", 8, 16, "fp32").key()
             for kind in (OpenVINOGenerator, TransformersGenerator)
         ),
     ]
@@ -301,13 +336,13 @@ def test_mistakes_in_the_config_are_one_line(
 ) -> None:
     given = {"_target_": "sam.generation.openvino.OpenVINOGenerator", **config}
     with pytest.raises(SamError) as error:
-        build(given, tiny_spec, "cpu", 8)
+        build(given, tiny_spec, "cpu", DecodeSpec(8, False))
     assert all(part in one_line(error) for part in named)
 
 
 def test_openvino_refuses_a_gpu(tiny_spec: BaseSpec) -> None:
     with pytest.raises(SamError, match="runs on a CPU"):
-        OpenVINOGenerator(tiny_spec, "cuda", 8)
+        OpenVINOGenerator(tiny_spec, "cuda", 8, 64, "auto")
 
 
 @pytest.mark.slow
@@ -317,8 +352,8 @@ def test_openvino_agrees_with_generate_on_a_real_model(smollm: Base, smollm_spec
 
     target = mini("movie")
     asked = requests([s.text for s in target.sentences[:12]], target.types)
-    reference = completions(TransformersGenerator(smollm_spec, "cpu", 24, precision="fp32"), asked)
-    exact = completions(OpenVINOGenerator(smollm_spec, "cpu", 24, precision="fp32"), asked)
-    rough = completions(OpenVINOGenerator(smollm_spec, "cpu", 24, precision="bf16"), asked)
+    reference = completions(TransformersGenerator(smollm_spec, "cpu", 24, 16, "fp32"), asked)
+    exact = completions(OpenVINOGenerator(smollm_spec, "cpu", 24, 64, "fp32"), asked)
+    rough = completions(OpenVINOGenerator(smollm_spec, "cpu", 24, 64, "bf16"), asked)
     assert [c.text for c in exact] == [c.text for c in reference]
     assert sum(a.text == b.text for a, b in zip(rough, reference, strict=True)) >= 8

@@ -91,7 +91,7 @@ def test_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(SamError) as error:
-            Encoder(EncoderSpec("mine", "local", str(path))).embed(["text"])
+            Encoder(EncoderSpec("mine", "local", str(path), None, None, None)).embed(["text"])
         assert one_line(error).startswith(f"encoder.location={path} has no model.safetensors")
 
 
@@ -99,7 +99,7 @@ def test_unreadable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(SamError, match="encoder=mine: cannot load") as error:
-        Encoder(EncoderSpec("mine", "local", str(tmp_path))).embed(["text"])
+        Encoder(EncoderSpec("mine", "local", str(tmp_path), None, None, None)).embed(["text"])
     one_line(error)
 
 
@@ -107,17 +107,17 @@ def test_an_encoder_is_told_by_what_its_name_leaves_open(tmp_path: Path) -> None
     for content in (b"one", b"two"):
         (tmp_path / content.decode()).mkdir()
         (tmp_path / content.decode() / "model.safetensors").write_bytes(content)
-    one, two = (EncoderSpec("local", "local", str(tmp_path / name)) for name in ("one", "two"))
+    one, two = (EncoderSpec("local", "local", str(tmp_path / name), None, None, None) for name in ("one", "two"))
     assert one.identity.startswith("local:") and len({one.identity, two.identity}) == 2
     (tmp_path / "two" / "model.safetensors").write_bytes(b"one")
     assert two.identity == one.identity
     assert EncoderSpec.from_config(config("encoder", "minilm")).identity == "minilm"
-    pinned = EncoderSpec("minilm", "local", str(tmp_path), sha256="1" * 64)  # another model of that name
+    pinned = EncoderSpec("minilm", "local", str(tmp_path), "1" * 64, None, None)  # another model of that name
     assert pinned.identity == f"minilm:{'1' * 16}"
     hub = EncoderSpec.from_config(config("encoder", "mpnet"))
     assert hub.identity == f"mpnet@{hub.location}@{hub.revision}" and len(str(hub.revision)) == 40
     with pytest.raises(SamError, match="has no model.safetensors"):
-        assert EncoderSpec("local", "local", str(tmp_path)).identity
+        assert EncoderSpec("local", "local", str(tmp_path), None, None, None).identity
 
 
 def test_shipped_configs_are_specs_and_other_values_are_refused() -> None:

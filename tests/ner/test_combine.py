@@ -3,9 +3,9 @@ import itertools
 import pytest
 
 from sam.errors import SamError
-from sam.ner import Mention, Prediction
 from sam.ner.combine import RULES, combine
 from sam.ner.parsing import predict
+from sam.types import Mention, Prediction
 from tests.tiny import written
 
 TEXT = "Ada of New York met Bob"
@@ -28,7 +28,7 @@ def test_union_keeps_the_first_models_pairs_and_adds_new_ones() -> None:
         ("date", "Bob"),
     )
     assert got.mentions == (Mention(0, 3, "person"), Mention(7, 15, "place"), Mention(20, 23, "person"))
-    assert (got.not_in_sentence, got.not_asked, got.answer) == (1, 1, "")
+    assert (got.not_in_sentence, got.not_asked, got.completion) == (1, 1, "")
 
 
 def test_a_span_under_two_types_goes_to_the_first_model() -> None:

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sam.ner import Mention, Sentence
 from sam.ner.alignment import align
 from sam.ner.parsing import parse, predict
-from sam.ner.prompts import answer, fold, prefix, render, suffix
+from sam.ner.prompts import answer, normalised, prefix, suffix
+from sam.types import Mention, Sentence
 
 TYPES = ["person", "musical artist"]
 
@@ -25,7 +25,7 @@ def spans(text: str, *pairs: tuple[str, str]) -> list[tuple[str, str, int]]:
 def test_prompt_is_this_text() -> None:
     assert prefix(TYPES) == "Entity types: person, musical artist\nText:"
     assert suffix("Ada met Alan.") == " Ada met Alan.\nEntities:"
-    assert render(TYPES, "Ada.") == "Entity types: person, musical artist\nText: Ada.\nEntities:"
+    assert prefix(TYPES) + suffix("Ada.") == "Entity types: person, musical artist\nText: Ada.\nEntities:"
 
 
 def test_prompt_does_not_depend_on_line_breaks() -> None:
@@ -127,7 +127,7 @@ pieces = st.lists(
 def test_parse_never_raises_and_yields_clean_pairs(raw: str) -> None:
     parsed = parse(raw)
     assert len(set(parsed.pairs)) == len(parsed.pairs)
-    assert all(part and part == fold(part) for pair in parsed.pairs for part in pair)
+    assert all(part and part == normalised(part) for pair in parsed.pairs for part in pair)
     assert not (parsed.unparsable and parsed.pairs)
     "".join(part for pair in parsed.pairs for part in pair).encode()
 
@@ -138,7 +138,9 @@ def test_any_cut_of_an_answer_keeps_the_whole_pairs_before_it(
 ) -> None:
     raw = "{" + ",".join(f"{json.dumps(text)}:{json.dumps(kind)}" for kind, text in values) + "}"
     whole = parse(raw)
-    assert whole.pairs == tuple(dict.fromkeys((fold(k), fold(t)) for k, t in values if fold(k) and fold(t)))
+    assert whole.pairs == tuple(
+        dict.fromkeys((normalised(k), normalised(t)) for k, t in values if normalised(k) and normalised(t))
+    )
     cut = parse(raw[: data.draw(st.integers(0, len(raw)))])
     assert cut.pairs == whole.pairs[: len(cut.pairs)]
     if values:
@@ -217,20 +219,20 @@ def test_align_is_case_sensitive_and_ignores_empty_texts() -> None:
 @given(st.text("ab \n"), st.lists(st.tuples(st.sampled_from("pq"), st.text("ab ", min_size=1, max_size=3))))
 def test_aligned_spans_are_flat_sorted_and_say_what_the_pair_says(text: str, pairs: list[tuple[str, str]]) -> None:
     mentions = align(text, pairs)
-    folded_pairs = {(entity_type, fold(surface)) for entity_type, surface in pairs}
-    assert all((m.type, fold(text[m.start : m.end])) in folded_pairs for m in mentions)
+    normalised_pairs = {(entity_type, normalised(surface)) for entity_type, surface in pairs}
+    assert all((m.type, normalised(text[m.start : m.end])) in normalised_pairs for m in mentions)
     assert all(left.end <= right.start for left, right in zip(mentions, mentions[1:], strict=False))
-    covered = {fold(text[m.start : m.end]) for m in mentions}
-    longest = max((s for _, s in folded_pairs if s and s in fold(text)), key=len, default=None)
+    covered = {normalised(text[m.start : m.end]) for m in mentions}
+    longest = max((s for _, s in normalised_pairs if s and s in normalised(text)), key=len, default=None)
     assert longest is None or len(max(covered, key=len)) == len(longest)
 
 
 @given(st.text("abc .\n", min_size=1), st.data())
 def test_gold_answer_reads_back_as_the_gold_pairs(text: str, data: st.DataObject) -> None:
     cuts = st.tuples(st.integers(0, len(text)), st.integers(0, len(text)), st.sampled_from("pq"))
-    gold = sentence(text, *[c for c in data.draw(st.lists(cuts)) if c[0] < c[1] and fold(text[c[0] : c[1]])])
+    gold = sentence(text, *[c for c in data.draw(st.lists(cuts)) if c[0] < c[1] and normalised(text[c[0] : c[1]])])
     prediction = predict(text, answer(gold, ["p", "q"]), ["p", "q"])
-    assert set(prediction.pairs) == {(entity_type, fold(surface)) for entity_type, surface in gold.pairs}
+    assert set(prediction.pairs) == {(entity_type, normalised(surface)) for entity_type, surface in gold.pairs}
     assert (prediction.not_in_sentence, prediction.not_asked, prediction.unparsable) == (0, 0, False)
 
 
@@ -251,7 +253,7 @@ def test_predict_counts_what_is_not_asked_and_not_in_the_sentence() -> None:
     )
     assert got.mentions == (Mention(0, 3, person), Mention(8, 12, artist))
     assert (got.not_in_sentence, got.not_asked) == (3, 2)
-    assert (got.answer, got.unparsable, got.truncated) == (raw, False, True)
+    assert (got.completion, got.unparsable, got.truncated) == (raw, False, True)
 
 
 def test_predict_restores_the_case_of_the_type_asked_for() -> None:

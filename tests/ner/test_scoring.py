@@ -8,10 +8,10 @@ from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2
 
 from sam.errors import SamError
-from sam.ner import Mention, Prediction, Sentence
 from sam.ner.parsing import predict
 from sam.ner.prompts import answer
-from sam.ner.scoring import flatten, pair_f1, score
+from sam.ner.scoring import flatten, score
+from sam.types import Mention, Prediction, Sentence
 from tests.tiny import written
 
 TYPES = ["person", "place"]
@@ -169,7 +169,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(SamError, match="'u7' has no gold"):
         score([Sentence("u7", "text")], [nothing])
     with pytest.raises(SamError, match="1 predictions for 0 sentences"):
-        pair_f1([], [[]])
+        score([], [nothing])
     with pytest.raises(SamError, match="predicted spans of sentence 's1' overlap"):
         score([ADA], [of_spans(Mention(0, 3, "a"), Mention(2, 5, "a"))])
 
@@ -178,12 +178,3 @@ def test_mistakes_are_named() -> None:
 def test_gold_that_covers_no_text_is_a_mistake(span: tuple[int, int]) -> None:
     with pytest.raises(SamError, match=f"gold mention {span[0]}:{span[1]} of sentence 's1'"):
         score([sentence("Ada met", (*span, "a"))], [predict("Ada met", "{}", TYPES)])
-
-
-def test_pair_f1() -> None:
-    gold = [[("a", "x"), ("a", "x"), ("b", "y")], [], [("a", "z")]]
-    guess = [{("a", "x")}, {("b", "q")}, {("a", "z"), ("b", "z")}]
-    assert pair_f1(gold, guess) == pytest.approx(2 * 2 / (3 + 4))
-    assert pair_f1(guess, gold) == pair_f1(gold, guess)
-    assert pair_f1([[], []], [[], []]) == 0.0
-    assert pair_f1([[("a", "x")], []], [[], [("a", "x")]]) == 0.0  # a pair counts in its own sentence only

@@ -17,20 +17,22 @@ from omegaconf import OmegaConf
 import sam.runs.run
 from sam import launch
 from sam.data.targets import mini
-from sam.engine import Engine
+from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.generation import CompletionCache
 from sam.merging import AdapterDeltas
-from sam.models.base import BaseSpec
+from sam.models.identity import Identity
+from sam.models.spec import BaseSpec
 from sam.module import SamModule
-from sam.ner import Mention, Prediction, Sentence, parsing
+from sam.ner import parsing
 from sam.ner.combine import combine
 from sam.ner.scoring import score
 from sam.paths import conf_dir
 from sam.results import PREDICTIONS, RESULT, STATUS
-from sam.runs.plan import identified, plan
+from sam.runs.plan import content, content_hash, identified, plan
 from sam.runs.run import Models, run
+from sam.types import Mention, Prediction, Sentence
 from tests.fakes import FakeGenerator
 from tests.tiny import HashEncoder, make_card, one_line
 
@@ -174,6 +176,26 @@ def test_another_question_is_run_again(
     assert result_of(tmp_path / "r")["config_hash"] != old
 
 
+@pytest.mark.parametrize(
+    ("selector", "ignored"),
+    [
+        (["selector=none"], ["k=1", "sample_size=2", "seed=1", "merge=linear", "experts.exclude=[news]"]),
+        (["selector=all"], ["k=1", "sample_size=2", "seed=1"]),
+        (["selector=each"], ["k=1", "seed=1", "merge=linear"]),
+        (["selector=unified"], ["k=1", "seed=1", "merge=linear", "experts.exclude=[news]"]),
+        (["selector=domain"], ["sample_size=2"]),
+        (["selector=random", "k=1"], ["sample_size=2", "merge=linear"]),
+    ],
+)
+def test_what_a_selector_ignores_is_not_in_the_hash(composed: Compose, selector: list[str], ignored: list[str]) -> None:
+    def digest(*overrides: str) -> str:
+        planned = plan(composed(*selector, *overrides))
+        return content_hash(content(planned, Identity("base", "settings")))
+
+    assert {digest(override) for override in ignored} == {digest()}
+    assert digest("combine=vote") != digest() != digest("limit=5")
+
+
 def test_another_expert_is_run_again(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
 ) -> None:
@@ -208,9 +230,12 @@ def test_jobs_of_one_process_share_what_they_can(
     assert engine_after("k=1", "seed=1").pool.cards["news"].centroid == flipped
     settings = json.loads((pool.path / "news" / "adapter_config.json").read_text())
     settings["lora_alpha"] *= 2
+    latest = models._engine
+    assert latest is not None
+    before = latest.key(["news"], SINGLE)
     (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
-    second = engine_after("seed=2")
-    assert engine_after("seed=3") is second is not first
+    assert engine_after("seed=2") is engine_after("selector=unified") is latest
+    assert latest.key(["news"], SINGLE) != before, "adapters are read again"
     monkeypatch.setattr(FakeGenerator, "generate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine_after("seed=4")
@@ -284,11 +309,16 @@ def test_a_plan_holds_the_method_of_its_config(composed: Compose) -> None:
     assert (method.k, method.sample_size, method.seed, method.merge.name) == (1, 4, 5, "ties")
 
 
+def test_the_default_method_is_that_of_the_paper(composed: Compose) -> None:
+    method = plan(composed()).method
+    assert (method.selector, method.merge.name, method.rule) == ("sam", "ties", "union")
+
+
 def test_lightning_gives_the_numbers_of_a_run(composed: Compose, tmp_path: Path) -> None:
     planned = plan(composed())
     run(composed(), tmp_path / "r")
     expected = result_of(tmp_path / "r")["targets"]["mini_movie"]
-    engine = Engine(planned.pool, planned.generator, CompletionCache(None), identified(planned))
+    engine = Engine(planned.pool, planned.generator, CompletionCache(None), identified(planned), planned.task)
     module = SamModule(engine, HashEncoder(), planned.targets[0], planned.method)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.test(module, verbose=False)

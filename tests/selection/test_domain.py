@@ -21,7 +21,7 @@ class PlaneEncoder(Encoder):
     """A text is its own embedding: ``"3 4"`` is (0.6, 0.8)."""
 
     def __init__(self, name: str = "plane") -> None:
-        super().__init__(EncoderSpec(name, "local", "nowhere", sha256="0" * 64))
+        super().__init__(EncoderSpec(name, "local", "nowhere", "0" * 64, None, None))
 
     def embed(self, texts: Sequence[str]) -> Any:
         rows = np.array([[float(x) for x in text.split()] for text in texts])

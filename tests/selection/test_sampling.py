@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sam.ner import Pair, Prediction
 from sam.selection import sampling
-from sam.selection.sampling import Ask, agreement, draw, rank
+from sam.selection.sampling import Ask, agreement, draw, pair_f1, rank
+from sam.types import Pair, Prediction
 
 A, B, C, D = ("person", "Ada"), ("place", "Bath"), ("place", "Cork"), ("person", "Dee")
 
@@ -135,3 +135,12 @@ def test_drawn_ids_are_the_same_in_another_process() -> None:
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == str(sampling.draw([f"t{i}" for i in range(50)], 5, 3, "target"))
+
+
+def test_pair_f1() -> None:
+    gold = [[("a", "x"), ("a", "x"), ("b", "y")], [], [("a", "z")]]
+    guess = [{("a", "x")}, {("b", "q")}, {("a", "z"), ("b", "z")}]
+    assert pair_f1(gold, guess) == pytest.approx(2 * 2 / (3 + 4))
+    assert pair_f1(guess, gold) == pair_f1(gold, guess)
+    assert pair_f1([[], []], [[], []]) == 0.0
+    assert pair_f1([[("a", "x")], []], [[], [("a", "x")]]) == 0.0  # a pair counts in its own sentence only

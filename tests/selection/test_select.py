@@ -14,9 +14,10 @@ from sam.data.targets import Target
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.models.encoder import SHIPPED, Encoder, EncoderSpec
-from sam.ner import Mention, Pair, Prediction, Sentence
+from sam.ner.task import NER
 from sam.selection import Query, selector_of
 from sam.selection.select import SELECTORS, check
+from sam.types import Mention, Pair, Prediction, Sentence
 from tests.tiny import make_card, one_line
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -34,7 +35,7 @@ class FixedEncoder(Encoder):
     """Every text lies nearest to dog, then cat, bee, ant."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", SHIPPED[1], None, None))
 
     def embed(self, texts: Sequence[str]) -> Any:
         return np.array([[0.1, 0.2, 0.3, 0.4]] * len(texts)) / np.sqrt(0.3)
@@ -44,7 +45,7 @@ class Unused(Encoder):
     """Fails if it is looked at."""
 
     def __init__(self) -> None:
-        super().__init__(EncoderSpec("minilm", "local", "nowhere", sha256=SHIPPED[1]))
+        super().__init__(EncoderSpec("minilm", "local", "nowhere", SHIPPED[1], None, None))
 
     def embed(self, texts: Sequence[str]) -> Any:
         raise AssertionError("this selector has no use for the encoder")
@@ -76,7 +77,7 @@ def query(tmp_path: Path) -> MakeQuery:
 
     def make(ask: Any = unlabelled_only, encoder: Encoder | None = None, **options: Any) -> Query:
         settings: dict[str, Any] = {"target": TARGET, "names": NAMES, "k": 2, "sample_size": 2, "seed": 0, **options}
-        return Query(pool=pool, encoder=encoder or FixedEncoder(), ask=ask, **settings)
+        return Query(pool=pool, encoder=encoder or FixedEncoder(), task=NER, ask=ask, **settings)
 
     return make
 
@@ -183,7 +184,7 @@ def test_the_oracle_sees_gold_and_no_other_does(query: MakeQuery) -> None:
     assert found.experts == ("dog", "bee")
     assert found.scores == pytest.approx({"dog": 1, "bee": 2 / 3, "ant": 0, "cat": 0}, abs=1e-6)
     assert "gold" in found.details["by"]
-    assert [name for name, selector in SELECTORS.items() if selector.uses_gold] == ["oracle"]
+    assert [name for name, selector in SELECTORS.items() if "gold" in selector.uses] == ["oracle"]
 
 
 @pytest.mark.parametrize("name", [n for n in SELECTORS if n != "oracle"])
@@ -232,6 +233,20 @@ def test_what_cannot_be_selected_is_refused(
         check(name, selector_of(name), k, sample_size, NAMES, query().pool, experts)
     message = one_line(error)
     assert all(part in message for part in named)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selection_depends_on_nothing_but_what_its_selector_uses(query: MakeQuery, name: str) -> None:
+    """What is not used is left out of a result's hash."""
+    usual: dict[str, Any] = {"k": 2, "sample_size": 2, "seed": 0, "experts": ("ant",), "names": NAMES}
+    other = {"k": 1, "sample_size": 1, "seed": 5, "experts": ("bee",), "names": NAMES[1:]}
+    unused = {option: value for option, value in other.items() if option not in SELECTORS[name].uses}
+    encoder = FixedEncoder() if "encoder" in SELECTORS[name].uses else Unused()
+    choose = SELECTORS[name].choose
+    assert choose(query(answer, encoder, **usual)) == choose(query(answer, encoder, **usual | unused))
+    for option in SELECTORS[name].uses & {"k", "names", "experts"}:
+        changed = {**usual, option: other[option]}
+        assert choose(query(answer, encoder, **usual)) != choose(query(answer, encoder, **changed)), option
 
 
 def test_what_a_selector_does_not_use_is_not_checked(query: MakeQuery) -> None:

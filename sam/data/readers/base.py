@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sam.errors import SamError
-from sam.ner import Mention
+from sam.types import Mention
 
 TagSpan = tuple[int, int, str]
 """First row, row after the last, label."""

@@ -17,12 +17,12 @@ class OpenTypes:
     """``{"text", "mentions": [[type, surface], …], "absent": [type, …]}`` per line; ``absent`` are types without a
     mention in the text.
 
-    A pair is marked wherever its surface stands as whole words outside of a longer mention.
+    A pair is marked wherever its surface occurs as whole words outside of a longer mention.
     """
 
     def read(self, source: Source, counts: Counter[str]) -> Iterator[Draft]:
         """The sentences of all files, in order; a file is a document. ``counts["pairs_without_occurrence"]``: pairs
-        that stand only inside a longer mention. Raises SamError, with file and line, for a line of another form."""
+        that occur only inside a longer mention. Raises SamError, with file and line, for a line of another form."""
         for number, path in enumerate(source.files):
             for n, line in enumerate(source.text(path).split("\n"), start=1):
                 if not line.strip():

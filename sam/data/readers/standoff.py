@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sam.data.readers.base import Draft, Source, tag_spans
-from sam.ner import Mention
+from sam.types import Mention
 
 
 @dataclass(frozen=True)
 class Standoff:
-    """Tables separated by tabs; in the paths ``{name}`` stands for a document's name.
+    """Tables separated by tabs; in the paths ``{name}`` is a document's name.
 
     metadata: table with a header, quoted fields and the columns ``name`` and ``subset`` (the document's split).
     sentences: sentence id, flag (1 = annotated), begin, end in the text.

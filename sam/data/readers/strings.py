@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sam.data.readers.base import Draft, Source
 from sam.errors import SamError
-from sam.ner import Mention
+from sam.types import Mention
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Strings:
 
 
 def place(sentence: str, pairs: Sequence[Sequence[str]], counts: Counter[str]) -> tuple[Mention, ...]:
-    """A mention for each (string, label) pair, found as whole tokens in order of the text.
+    """A mention for each (string, label) pair: the place of its string as whole tokens, in order of the text.
 
-    The pairs are taken to stand in order: each is looked for behind the one before, then from that one's start
+    The pairs are taken to be in order: each is searched for behind the one before, then from that one's start
     (it overlaps), then anywhere. ``counts``: ``repeated_pairs`` (listed again: takes the next occurrence),
     ``pairs_without_occurrence`` (no free occurrence: lost), ``nested_mentions`` (overlap another).
     """
@@ -51,11 +51,11 @@ def place(sentence: str, pairs: Sequence[Sequence[str]], counts: Counter[str]) -
     for surface, label in pairs:
         counts["repeated_pairs"] += (surface, label) in seen
         seen.add((surface, label))
-        found = next((s for c in (end, start, 0) if (s := _free(padded, surface, label, c, taken)) >= 0), -1)
-        if found < 0:
+        at = next((s for c in (end, start, 0) if (s := _free(padded, surface, label, c, taken)) >= 0), -1)
+        if at < 0:
             counts["pairs_without_occurrence"] += 1
             continue
-        start, end = found, found + len(surface)
+        start, end = at, at + len(surface)
         taken[start, end, label] = None
     mentions = sorted((Mention(*span) for span in taken), key=lambda m: (m.start, -m.end, m.type))
     reach = 0
@@ -66,8 +66,8 @@ def place(sentence: str, pairs: Sequence[Sequence[str]], counts: Counter[str]) -
 
 
 def _free(padded: str, surface: str, label: str, start: int, taken: dict[tuple[int, int, str], None]) -> int:
-    """Where ``surface`` stands as whole tokens at or after ``start``, not taken by its own label yet; -1 if nowhere."""
-    found = padded.find(f" {surface} ", start)
-    while found >= 0 and (found, found + len(surface), label) in taken:
-        found = padded.find(f" {surface} ", found + 1)
-    return found
+    """Where ``surface`` is as whole tokens at or after ``start``, not taken by its own label yet; -1 if nowhere."""
+    at = padded.find(f" {surface} ", start)
+    while at >= 0 and (at, at + len(surface), label) in taken:
+        at = padded.find(f" {surface} ", at + 1)
+    return at

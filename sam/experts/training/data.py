@@ -20,8 +20,8 @@ from sam.experts.training.batch import Batch, padded
 from sam.experts.training.draw import draw_open, draw_sentences, foreign_types
 from sam.experts.training.recipe import OPEN, Recipe
 from sam.experts.training.render import Renderer
-from sam.ner import Sentence
 from sam.seeding import rng
+from sam.types import Sentence
 
 
 class ResumableSampler(Sampler[int]):

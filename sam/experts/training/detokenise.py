@@ -9,7 +9,7 @@ import re
 from bisect import bisect_left
 from dataclasses import replace
 
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 _SPACE = re.compile(
     r""" (?=[.,!?%)\]}…’”](?: |$)|[;:](?: \w|$)|'(?:s|re|ve|ll|d|m|S)\b|n't\b|\+ ?\+)"""  # before what closes

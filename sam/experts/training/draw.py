@@ -10,8 +10,8 @@ from itertools import islice
 from sam import data as corpora
 from sam.errors import SamError
 from sam.experts.training.recipe import OPEN, Recipe
-from sam.ner import Sentence, entity_types
 from sam.seeding import rng
+from sam.types import Sentence, entity_types
 
 log = logging.getLogger(__name__)
 

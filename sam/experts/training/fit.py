@@ -19,7 +19,8 @@ from sam.experts.training.data import ExpertDataModule
 from sam.experts.training.fused.module import FusedExpertModule
 from sam.experts.training.module import ExpertModule
 from sam.experts.training.recipe import Recipe
-from sam.models.base import Base, multiplies_bf16
+from sam.models.base import Base
+from sam.models.device import multiplies_bf16
 
 log = logging.getLogger(__name__)
 

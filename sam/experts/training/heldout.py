@@ -11,9 +11,10 @@ from sam import data as corpora
 from sam.experts.card import HELDOUT_CHARACTERS
 from sam.experts.training.recipe import OPEN, Recipe
 from sam.generation import Generator
-from sam.ner import Sentence, entity_types, grammar, parsing
+from sam.ner import grammar, parsing
 from sam.ner.scoring import Scores, score
 from sam.seeding import rng
+from sam.types import Sentence, entity_types
 
 KEPT = ("n", "precision", "recall", "f1", "span_f1", "unparsable", "truncated", "not_in_sentence")
 """The scores that a card holds of each dataset."""

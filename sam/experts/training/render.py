@@ -8,8 +8,9 @@ from typing import Any
 from sam.experts.training.batch import Batch, Example
 from sam.experts.training.detokenise import detokenised
 from sam.experts.training.recipe import Recipe
-from sam.ner import Sentence, prompts
+from sam.ner import prompts
 from sam.seeding import rng
+from sam.types import Sentence
 
 
 class Renderer:

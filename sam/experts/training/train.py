@@ -22,9 +22,10 @@ from sam.experts.training.fit import expert_module, fit, trainer_settings
 from sam.experts.training.heldout import draw_heldout, score_heldout
 from sam.experts.training.recipe import MEASURES, OPEN, Recipe, recipe_hash
 from sam.generation import Generator
-from sam.models.base import Base, staged
+from sam.models.base import Base
 from sam.models.encoder import Encoder
 from sam.ner import prompts
+from sam.paths import staged
 from sam.results import versions
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sam.experts.training.detokenise import detokenised
-from sam.ner import Mention, Sentence
+from sam.types import Mention, Sentence
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from sam import data as corpora
 from sam.errors import SamError
 from sam.experts.training.draw import SCIENTIFIC, draw_open, draw_sentences, foreign_types
 from sam.experts.training.recipe import OPEN
-from sam.ner import Sentence
+from sam.types import Sentence
 from tests.tiny import one_line
 from tests.toy_training import opened_toys, recipe, toy, use_sized, use_toys
 

@@ -13,8 +13,8 @@ from sam.experts.training import heldout
 from sam.experts.training.heldout import Heldout, draw_heldout, score_heldout
 from sam.merging import AdapterDeltas
 from sam.models.base import Base
-from sam.ner import Mention, Sentence
 from sam.ner.prompts import answer
+from sam.types import Mention, Sentence
 from tests.fakes import FakeGenerator
 from tests.tiny import write_adapter
 from tests.toy_training import recipe, toy, use_toys

@@ -13,7 +13,8 @@ import pytest
 from sam.experts.training.batch import Batch
 from sam.experts.training.render import Renderer
 from sam.models.base import Base
-from sam.ner import Mention, Sentence, parsing, prompts
+from sam.ner import parsing, prompts
+from sam.types import Mention, Sentence
 from tests.toy_training import recipe
 
 TYPES = [f"type {c}" for c in "abcdefghij"]
@@ -42,7 +43,7 @@ def test_batch_is_prompts_and_completions_with_the_types_they_name(tiny: Base) -
         names = asked(shown[0][0])
         assert set(names) <= set(TYPES) and len(names) == len(set(names))
         for sentence, (prompt, completion), example in zip((SENTENCE, second), shown, batch.examples, strict=True):
-            assert prompt == prompts.render(names, sentence.text)
+            assert prompt == prompts.prefix(names) + prompts.suffix(sentence.text)
             assert completion == prompts.answer(sentence, names)
             assert {t for t, _ in parsing.parse(completion).pairs} == {t for t, _ in sentence.pairs} & set(names)
             assert example.ids[-1] == 0

@@ -1,4 +1,4 @@
-"""The nouns of named entity recognition: what a mention and a sentence are.
+"""Sentences, mentions and predictions: the values that packages hand to one another.
 
 Offsets count characters (Python string indices), end exclusive.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Pair = tuple[str, str]
-"""An (entity type, surface text) pair: what a generated answer holds and what set scores compare."""
+"""An (entity type, surface text) pair: what a completion holds and what set scores compare."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,15 +46,15 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one model found in one sentence.
+    """What one model predicts for one sentence.
 
-    ``pairs`` are the distinct (type, text) pairs as answered, also those that are not in the sentence or
+    ``pairs`` are the distinct (type, text) pairs as written, also those that are not in the sentence or
     not of a type asked for (they count as false positives); ``mentions`` are their aligned, flat spans.
     """
 
     pairs: tuple[Pair, ...]
     mentions: tuple[Mention, ...]
-    answer: str
+    completion: str
     unparsable: bool = False
     truncated: bool = False
     not_in_sentence: int = 0
