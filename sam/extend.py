@@ -9,9 +9,10 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sam.errors import SamError, one_line
 
@@ -47,6 +48,49 @@ def options_of(
     except (TypeError, ValueError) as error:
         raise SamError(f"{section}: {config[TARGET]} does not take these options ({error})") from None
     return options
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A function that a config section names by ``_target_``, and the options that it is called with."""
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: str = ""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], section: str, given: int, labels: Collection[str]) -> Self:
+        """From a config section, whose options are all keys but ``labels``; the function takes ``given`` arguments
+        before them. Raises SamError for an option that it does not take, or one that it needs."""
+        function = function_of(config, section)
+        return cls(function, options_of(config, function, section, given, labels), str(config[TARGET]))
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments, **self.options)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the function is one of this project's."""
+        return str(getattr(self.function, "__module__", "")).startswith("sam.")
+
+    @property
+    def name(self) -> str:
+        """The function's name without its module."""
+        return self.shown.rpartition(".")[2]
+
+    @property
+    def shown(self) -> str:
+        """The function as results name it: without its module if it is ours."""
+        own = str(getattr(self.function, "__name__", self.function))
+        return own if self.ours or not self.target else self.target
+
+    def content(self) -> dict[str, Any]:
+        """What identifies the function and its options, as plain values for JSON; of one that is not ours, its source
+        too."""
+        given = {name: value for name, value in self.options.items() if value is not None}
+        if self.ours:
+            return {"name": self.name, **{name: given[name] for name in sorted(given)}}
+        return identity(self.target, self.function, given)
 
 
 def identity(target: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

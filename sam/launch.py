@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 FAILED: list[tuple[str, str]] = []
 """(overrides, error) of each job that failed."""
 SWEEP: list[Path] = []
+LABELS = {"merge": "name", "selector": "name", "combine": "rule"}
+"""The key by which tables name the function of a section."""
 
 
 def register_resolvers() -> None:
@@ -137,8 +139,10 @@ def check_overrides(argv: Sequence[str]) -> None:
         _check_known(group, "", keys(""))
         if key and group in groups() and group != "experiment":
             _check_known(key.split(".")[0], f"{group}.", keys(group))
-        if key and group == "merge":
-            _check_option(key.split(".")[0], argv)
+        if key and group in ("merge", "selector"):
+            _check_option(group, key.split(".")[0], argv)
+        if LABELS.get(group) == key:
+            raise SamError(f"{argument}: {name} is the label of {group}={value}; choose {group}={value} itself")
         if argument.startswith("~") and not name.startswith("target.sets."):
             raise SamError(f"{argument}: every run needs {name}; give it another value")
         if name in groups():
@@ -147,13 +151,13 @@ def check_overrides(argv: Sequence[str]) -> None:
                     _check_known(choice, f"{name}=", groups()[name])
 
 
-def _check_option(key: str, argv: Sequence[str]) -> None:
-    """Refuse an option of ``merge`` that one of the chosen methods does not have."""
-    for method in _chosen("merge", argv):
-        options = sorted({str(k) for file in _files("merge") if file.stem == method for k in OmegaConf.load(file)})
+def _check_option(group: str, key: str, argv: Sequence[str]) -> None:
+    """Refuse an option of ``group`` that one of the chosen methods does not have."""
+    for method in _chosen(group, argv):
+        options = sorted({str(k) for file in _files(group) if file.stem == method for k in OmegaConf.load(file)})
         if options and key not in options:
-            shown = [option for option in options if option not in ("name", TARGET)]
-            raise SamError(f"merge.{key}: merge={method} does not use it; its options: {', '.join(shown)}")
+            shown = ", ".join(option for option in options if option not in ("name", TARGET)) or "none"
+            raise SamError(f"{group}.{key}: {group}={method} does not use it; its options: {shown}")
 
 
 def _chosen(group: str, argv: Sequence[str]) -> list[str]:
@@ -251,7 +255,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise SamError(f"the config does not resolve: {one_line(error)}") from None
-    for section, key in (("merge", "name"), ("selector", "name"), ("combine", "rule")):
+    for section, key in LABELS.items():
         if TARGET in config.get(section, {}):  # what tables call it
             config[section].setdefault(key, config[section][TARGET])
     return config

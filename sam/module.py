@@ -30,7 +30,7 @@ class SamModule(L.LightningModule):
 
     def __init__(self, engine: Engine, encoder: Encoder, target: Target, method: pipeline.Method) -> None:
         super().__init__()
-        method.check(engine.pool, engine.task)
+        method.check(engine.pool)
         self.engine, self.encoder, self.target, self.method = engine, encoder, target, method
         self.selections: dict[str, Selection] = {}
         self.predictions: dict[str, dict[str, Prediction]] = {}

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from sam.data.targets import Target
 from sam.engine import SINGLE, Asked, Engine
 from sam.experts.card import Pool
+from sam.extend import Configured
 from sam.merging import Merge
 from sam.merging.checks import check_seed
 from sam.models.encoder import Encoder
-from sam.selection import Query, Selection, Selector, check, sampling, selector_of
-from sam.task import Rule, Scores, Task
+from sam.selection import Query, Selection, Selector, by_sampling
+from sam.task import Scores, Task
 from sam.types import Prediction, Sentence
 
 COMBINED = "combined"
@@ -33,40 +34,31 @@ def silent(description: str, total: int) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class Method:
-    """How targets are run: ``selector`` ranks the experts ``names`` and chooses ``k`` for each task model, ``merge``
-    merges them, ``rule`` combines the models' predictions. ``experts``: those of ``selector=named``. Where a selector
-    or a rule is not ours it is given too, and its name is that of the function."""
+    """How targets are run: ``selector`` chooses experts of ``names``, mostly ``k`` per task model, ``merge`` merges
+    them, ``rule`` combines the models' predictions."""
 
     merge: Merge
     names: tuple[str, ...]
-    selector: str
+    selector: Selector
     k: int
     sample_size: int
-    rule: str
+    rule: Configured
     seed: int
-    experts: tuple[str, ...] = ()
-    custom_selector: Selector | None = None
-    custom_rule: Rule | None = None
-
-    @property
-    def chooser(self) -> Selector:
-        """The selector itself."""
-        return self.custom_selector or selector_of(self.selector)
 
     @property
     def largest(self) -> int | None:
         """The most experts that one task model merges; None where only the selector knows."""
-        if self.custom_selector is not None:
+        if not self.selector.ours:
             return None
-        sizes = {"named": len(self.experts), "each": 1, "none": 0} | dict.fromkeys(("all", "all_each"), len(self.names))
-        return sizes.get(self.selector, self.k)
+        sizes = {"named": len(self.selector.experts), "each": 1, "none": 0}
+        sizes |= dict.fromkeys(("all", "all_each"), len(self.names))
+        return sizes.get(self.selector.name, self.k)
 
-    def check(self, pool: Pool, task: Task) -> None:
+    def check(self, pool: Pool) -> None:
         """Raises SamError for what cannot be run, before anything is loaded."""
         self.merge.check()
         check_seed(self.seed)
-        task.check_rule(self.custom_rule or self.rule)
-        check(self.selector, self.chooser, self.k, self.sample_size, self.names, pool, self.experts)
+        self.selector.check(self.k, self.sample_size, self.names, pool)
 
 
 class Spent(NamedTuple):
@@ -120,8 +112,8 @@ def select_for(
             return [known[one] for one in asked]
         return engine.predict([expert], SINGLE, asked)
 
-    options = (method.k, method.sample_size, method.seed, method.experts)
-    return method.chooser.choose(Query(target, engine.pool, method.names, encoder, engine.task, ask, *options))
+    options = (method.k, method.sample_size, method.seed)
+    return method.selector.choose(Query(target, engine.pool, method.names, encoder, engine.task, ask, *options))
 
 
 def result(
@@ -134,9 +126,8 @@ def result(
 ) -> TargetResult:
     """Combine and score the sentences that all task models have predictions for."""
     sizes = [len(selections[name].experts) for name in predictions]
-    rule = method.custom_rule or method.rule
     combined = {
-        s.id: task.combine([of[s.id] for of in predictions.values()], s.text, rule, target.types_of(s), sizes)
+        s.id: task.combine([of[s.id] for of in predictions.values()], s.text, method.rule, target.types_of(s), sizes)
         for s in target.sentences
         if predictions and all(s.id in of for of in predictions.values())
     }
@@ -149,12 +140,12 @@ def _sample(
     method: Method, targets: Sequence[Target], engine: Engine, progress: Progress
 ) -> dict[str, dict[Asked, Prediction]]:
     """What each expert alone predicts on the sentences that sampling evaluation draws from all targets."""
-    if "sample_size" not in method.chooser.uses:
+    if "sample_size" not in method.selector.uses:
         return {}
     drawn = [
         (target.types_of_text(target.unlabelled[i]), target.unlabelled[i])
         for target in targets
-        for i in sampling.draw(target.unlabelled, method.sample_size, method.seed, target.name)
+        for i in by_sampling.draw(target.unlabelled, method.sample_size, method.seed, target.name)
     ]
     step = progress("sampling evaluation", len(method.names) * len(drawn))
     return {name: dict(zip(drawn, engine.predict([name], SINGLE, drawn, step), strict=True)) for name in method.names}

@@ -33,7 +33,6 @@ class Task:
     ``version``: of the prompt, part of each completion's key and each expert's card.
     ``request(types, text, constrained)``: what a model is asked about a text.
     ``parse(text, completion, types, truncated)``: the prediction that a completion holds.
-    ``check_rule(rule)``: raises SamError for a rule that there is not.
     ``combine(predictions, text, rule, types, sizes)``: one prediction of several models' on one text.
     ``score(sentences, predictions)``: against the sentences' gold.
     """
@@ -41,6 +40,5 @@ class Task:
     version: str
     request: Callable[[Sequence[str], str, bool], Request]
     parse: Callable[[str, str, Sequence[str], bool], Prediction]
-    check_rule: Callable[[str | Rule], None]
-    combine: Callable[[Sequence[Prediction], str, str | Rule, Sequence[str], Sequence[int]], Prediction]
+    combine: Callable[[Sequence[Prediction], str, Rule, Sequence[str], Sequence[int]], Prediction]
     score: Callable[[Sequence[Sentence], Sequence[Prediction]], Scores]

@@ -21,8 +21,7 @@ from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
 from sam.models.spec import BaseSpec
 from sam.ner.task import NER
 from sam.results import RESULT
-from sam.runs.plan import rule_from, selector_from
-from sam.selection import Query
+from sam.selection import Query, Selector
 from tests.test_cli import Runner, errors, make_runner
 from tests.tiny import HashEncoder, one_line
 
@@ -58,6 +57,10 @@ def halve(deltas: Sequence[Tensor], share: float = 0.5) -> Tensor:
 
 def none(*given: Any) -> None:
     return None
+
+
+def read_rule(config: dict[str, Any]) -> extend.Configured:
+    return extend.Configured.read(config, "combine", 2, ["rule"])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +141,7 @@ def test_a_custom_merge_is_applied_to_each_module(shared_pool: Pool) -> None:
     ],
 )
 def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any], named: tuple[str, ...]) -> None:
-    read: dict[str, Any] = {"merge": Merge.from_config, "selector": selector_from, "combine": rule_from}
+    read: dict[str, Any] = {"merge": Merge.from_config, "selector": Selector.from_config, "combine": read_rule}
     with pytest.raises(SamError) as error:
         read[section](config)
     assert all(part in one_line(error) for part in named)
@@ -146,10 +149,8 @@ def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any],
 
 def test_what_a_selector_returns_is_checked(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
     query = Query(mini("movie"), shared_pool, shared_pool.names, hash_encoder, NER, none, 3, 1, 0)
-    _, chooser = selector_from({"_target_": "tests.test_extend.none"})
-    assert chooser is not None
     with pytest.raises(SamError, match="must map task models to lists of experts"):
-        chooser.choose(query)
+        Selector.from_config({"_target_": "tests.test_extend.none"}).choose(query)
 
 
 class Called:
@@ -178,10 +179,10 @@ def test_a_selector_sees_gold_only_if_it_says_so(hash_encoder: HashEncoder, shar
     target = mini("movie")
     query = Query(target, shared_pool, shared_pool.names, hash_encoder, NER, none, 3, 1, 0)
     for flags, seen in (({}, False), ({"uses_gold": True}, True)):
-        name, chooser = selector_from({"_target_": "tests.fakes.gold_of", "name": "mine", **flags})
-        assert chooser is not None and chooser.uses == {"names"} | ({"gold"} if seen else set())
-        assert set(chooser.choose(query)) == {"gold" if seen else "blind"}
-        assert name.startswith("tests.fakes.gold_of ")
+        selector = Selector.from_config({"_target_": "tests.fakes.gold_of", "name": "mine", **flags})
+        assert selector.uses == {"names"} | ({"gold"} if seen else set())
+        assert set(selector.choose(query)) == {"gold" if seen else "blind"}
+        assert selector.content()["target"] == "tests.fakes.gold_of"
 
 
 def test_config_dirs_of_a_command_line(tmp_path: Path) -> None:

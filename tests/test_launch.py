@@ -101,13 +101,21 @@ def test_an_option_that_a_method_lacks_is_refused(argv: list[str], method: str) 
     launch.check_overrides(["-m", "merge=ties,dare", "merge.density=0.1"])
 
 
+@pytest.mark.parametrize("argument", ["merge.name=dare", "selector.name=random", "combine.rule=vote"])
+def test_a_label_cannot_be_set_without_what_it_names(argument: str) -> None:
+    group, value = argument.split(".")[0], argument.split("=")[1]
+    with pytest.raises(SamError, match=f"is the label of {group}={value}; choose {group}={value} itself"):
+        launch.check_overrides([argument])
+
+
 @pytest.mark.usefixtures("conf")
 def test_options_name_what_the_code_knows() -> None:
-    from sam.ner.combine import RULES
-    from sam.selection.select import SELECTORS
+    from sam.selection import selectors
 
-    assert set(GROUPS["selector"]) - set(SHORT) == set(SELECTORS)
-    assert set(GROUPS["combine"]) == set(RULES)
+    ours = {name for name, f in vars(selectors).items() if hasattr(f, "uses") and f.__module__ == selectors.__name__}
+    assert set(GROUPS["selector"]) - set(SHORT) == ours
+    for name in GROUPS["combine"]:
+        assert launch.plain(compose("config", [f"combine={name}"]))["combine"]["rule"] == name
 
 
 @pytest.mark.usefixtures("conf")

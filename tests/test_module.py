@@ -15,15 +15,16 @@ from sam.data.targets import Target
 from sam.engine import SINGLE, Engine
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.extend import Configured
 from sam.generation import CompletionCache
 from sam.merging import Merge, ties
 from sam.models.identity import Identity
 from sam.module import SamModule
-from sam.ner.combine import combine
+from sam.ner.combine import combine, union
 from sam.ner.scoring import score
 from sam.ner.task import NER
 from sam.pipeline import Method
-from sam.selection import Query, domain, sampling
+from sam.selection import Query, Selector, by_domain, by_sampling, selectors
 from sam.types import Mention, Prediction, Sentence
 from tests.fakes import FakeGenerator, Reply, capitals, numbered
 from tests.tiny import HashEncoder, one_line
@@ -51,7 +52,8 @@ def pool(shared_pool: Pool) -> Pool:
 def make(pool: Pool) -> MakeModule:
     def module(target: Target = TARGET, reply: Reply = numbered, **options: Any) -> SamModule:
         engine = Engine(pool, FakeGenerator(reply), CompletionCache(None), Identity("f", "s"), NER)
-        settings: dict[str, Any] = {"selector": "sam", "k": 2, "sample_size": 3, "rule": "union", "seed": 0}
+        settings: dict[str, Any] = {"k": 2, "sample_size": 3, "rule": Configured(union), "seed": 0}
+        settings["selector"] = Selector(selectors.sam)
         settings |= {"merge": TIES, "names": tuple(pool.names), **options}
         return SamModule(engine, HashEncoder(), target, Method(**settings))
 
@@ -68,20 +70,20 @@ def test_predictions_are_those_of_each_step_by_hand(make: MakeModule, pool: Pool
     trainer().predict(module, return_predictions=False)
 
     engine = make().engine
-    ids = sampling.draw(TARGET.unlabelled, 3, 0, "t")
+    ids = by_sampling.draw(TARGET.unlabelled, 3, 0, "t")
 
     def ask(expert: str, texts: Sequence[str]) -> list[Prediction]:
         return engine.predict([expert], SINGLE, [(TYPES, text) for text in texts])
 
-    by_domain = domain.rank(TARGET.unlabelled, pool.names, pool, HashEncoder()).experts[:2]
-    by_sampling = sampling.rank(TARGET.unlabelled, ids, pool.names, ask, (0, "t")).experts[:2]
-    assert {name: s.experts for name, s in module.selections.items()} == {"domain": by_domain, "sampling": by_sampling}
-    for name, experts in (("domain", by_domain), ("sampling", by_sampling)):
+    first = by_domain.rank(TARGET.unlabelled, pool.names, pool, HashEncoder()).experts[:2]
+    second = by_sampling.rank(TARGET.unlabelled, ids, pool.names, ask, (0, "t")).experts[:2]
+    assert {name: s.experts for name, s in module.selections.items()} == {"domain": first, "sampling": second}
+    for name, experts in (("domain", first), ("sampling", second)):
         by_hand = engine.predict(experts, TIES, [(TYPES, s.text) for s in SENTENCES])
         assert module.predictions[name] == {s.id: p for s, p in zip(SENTENCES, by_hand, strict=True)}
     for s in SENTENCES:
         both = [module.predictions["domain"][s.id], module.predictions["sampling"][s.id]]
-        assert module.result().combined[s.id] == combine(both, s.text, "union", TYPES)
+        assert module.result().combined[s.id] == combine(both, s.text, union, TYPES)
 
 
 def test_the_package_gives_the_module() -> None:
@@ -116,7 +118,7 @@ def test_union_scores_and_logged_metrics(make: MakeModule) -> None:
 
 
 def test_predict_returns_what_it_keeps(make: MakeModule) -> None:
-    module = make(selector="named", experts=("news", "stem"), reply=capitals)
+    module = make(selector=Selector(selectors.named, {"experts": ["news", "stem"]}), reply=capitals)
     returned = {row["id"]: row for batch in trainer().predict(module) for row in batch}
     assert set(returned) == set(module.predictions["named"]) == {s.id for s in SENTENCES}
     for key, prediction in module.predictions["named"].items():
@@ -165,13 +167,11 @@ def test_a_second_run_selects_no_more(make: MakeModule, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"selector": "best"}, ("selector=best", "sameco")),
         ({"k": 9}, ("k=9", "1..4")),
-        ({"selector": "random", "k": 5}, ("k=5",)),
+        ({"selector": Selector(selectors.random), "k": 5}, ("k=5",)),
         ({"sample_size": 0}, ("sample_size=0",)),
-        ({"rule": "most"}, ("most", "union")),
         ({"merge": Merge(ties)}, ("merge=ties", "density")),
-        ({"selector": "named", "experts": ("sports",)}, ("'sports'",)),
+        ({"selector": Selector(selectors.named, {"experts": ["sports"]})}, ("'sports'",)),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(
@@ -187,8 +187,7 @@ def test_a_sentence_with_types_of_its_own_is_asked_for_those(make: MakeModule) -
     own = Sentence("s5", "Fay saw Ely", (Mention(0, 3, "knight"), Mention(8, 11, "isle")), ("knight", "isle"))
     module = make(
         Target("t", TYPES, (*SENTENCES, own), TARGET.unlabelled),
-        selector="named",
-        experts=("news", "stem"),
+        selector=Selector(selectors.named, {"experts": ["news", "stem"]}),
         reply=capitals,
     )
     trainer().test(module, verbose=False)
@@ -202,7 +201,7 @@ def test_a_sentence_with_types_of_its_own_is_asked_for_those(make: MakeModule) -
 
 
 def test_the_base_alone_is_a_task_model_without_experts(make: MakeModule) -> None:
-    module = make(selector="none")
+    module = make(selector=Selector(selectors.none))
     trainer().predict(module, return_predictions=False)
     assert {name: s.experts for name, s in module.selections.items()} == {"none": ()}
     assert [module.predictions["none"][s.id].completion for s in SENTENCES] == [

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sam import extend
 from sam.errors import SamError
+from sam.extend import Configured
 from sam.merging.deltas import AdapterDeltas
 from sam.merging.stream import DeltaSet, Merged, Method, module_names
 
 MERGE_VERSION = 2
 """Part of every model key; to be raised when a change of this package changes merged values."""
 
-OURS = "sam.merging."
-
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Configured):
     """A merge method and its options: one of :mod:`sam.merging.methods`, or any function that takes the list of ΔW of
     one module (fp32, an expert without the module as zeros) and the options, and returns the merged ΔW.
 
     The option ``weights`` has one number per expert, in the order of the experts.
     """
-
-    function: Callable[..., Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    target: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Merge:
@@ -41,8 +35,7 @@ class Merge:
 
         Raises SamError for an option that it does not take, one that it needs, and a value out of range.
         """
-        function = extend.function_of(config, "merge")
-        merge = cls(function, extend.options_of(config, function, "merge", 1, ["name"]), str(config[extend.TARGET]))
+        merge = cls.read(config, "merge", 1, ["name"])
         merge.check()
         return merge
 
@@ -57,11 +50,6 @@ class Merge:
             raise SamError(f"merge.{error}") from None
         except TypeError as error:
             raise SamError(f"merge={self.name}: {error}") from None
-
-    @property
-    def name(self) -> str:
-        """The last part of the function's name."""
-        return (self.target or str(getattr(self.function, "__name__", self.function))).rpartition(".")[2]
 
     @property
     def weights(self) -> Sequence[float] | None:
@@ -88,9 +76,7 @@ class Merge:
             merged = self.function(deltas, **self.options)
             if not isinstance(merged, Tensor) or merged.shape != shape:
                 got = f"shape {list(merged.shape)}" if isinstance(merged, Tensor) else f"a {type(merged).__name__}"
-                raise SamError(
-                    f"merge: {self.target} returned {got} for {module}; it must return a ΔW of {list(shape)}"
-                )
+                raise SamError(f"merge: {self.shown} returned {got} for {module}; it must return a ΔW of {list(shape)}")
             yield module, merged.float()
 
     def reordered(self, order: Sequence[int]) -> Merge:
@@ -100,13 +86,14 @@ class Merge:
         return replace(self, options={**self.options, "weights": [self.weights[i] for i in order]})
 
     def content(self) -> dict[str, Any]:
-        """What the merged values depend on besides the experts and their weights, as plain values for JSON: the method
-        and its options; of a function that is not ours, its source too."""
-        given = {name: value for name, value in self.options.items() if value is not None and name != "weights"}
-        options = {name: float(v) if type(v) is int and name != "seed" else v for name, v in sorted(given.items())}
-        if isinstance(self.function, Method) and self.function.__module__.startswith(OURS):
-            return {"name": self.name, **options}
-        return extend.identity(self.target, self.function, options)
+        """What the merged values depend on besides the experts and their weights, as plain values for JSON."""
+        options = {name: value for name, value in self.options.items() if name != "weights"}
+        return Configured(self.function, {n: _plain(n, v) for n, v in options.items()}, self.target).content()
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Whole numbers as floats, so that 1 is 1.0; seeds as they are."""
+    return float(value) if type(value) is int and name != "seed" else value
 
 
 def merge_modules(

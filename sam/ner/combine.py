@@ -14,59 +14,45 @@ NEEDED = 2
 """The votes that a pair needs under the rule ``vote``."""
 
 
-def _union(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+def union(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    """The SaM paper's: the pairs of the first model, then what each further one adds."""
     return tuple(dict.fromkeys(pair for prediction in predictions for pair in prediction.pairs))
 
 
-def _intersection(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+def intersection(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    """The pairs that all models predict."""
     common = set.intersection(*(set(prediction.pairs) for prediction in predictions))
     return tuple(pair for pair in dict.fromkeys(predictions[0].pairs) if pair in common)
 
 
-def _vote(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+def vote(predictions: Sequence[Prediction], voices: Sequence[int]) -> tuple[Pair, ...]:
+    """The pairs with at least :data:`NEEDED` votes; a merged model votes for each of its experts."""
     heard: Counter[Pair] = Counter()
     for prediction, count in zip(predictions, voices, strict=True):
         heard.update(dict.fromkeys(prediction.pairs, count))
     needed = min(NEEDED, sum(voices))
-    return tuple(pair for pair in _union(predictions, voices) if heard[pair] >= needed)
-
-
-RULES: dict[str, Rule] = {
-    "union": _union,
-    "intersection": _intersection,
-    "vote": _vote,
-}
-
-
-def check_rule(rule: str | Rule) -> None:
-    """Raise SamError for an unknown rule."""
-    if isinstance(rule, str) and rule not in RULES:
-        raise SamError(f"combine.rule={rule} is unknown; allowed: {', '.join(RULES)}")
+    return tuple(pair for pair in union(predictions, voices) if heard[pair] >= needed)
 
 
 def combine(
     predictions: Sequence[Prediction],
     text: str,
-    rule: str | Rule,
+    rule: Rule,
     types: Sequence[str],
     voices: Sequence[int] | None = None,
 ) -> Prediction:
     """One prediction out of several models' ``predictions`` on the sentence ``text``, asked for ``types``.
 
-    Rules, on (type, text) pairs: ``union`` (the SaM paper's: the pairs of the first model, then what each further one
-    adds), ``intersection`` (pairs that all models predict), ``vote`` (pairs with at least two votes; a merged
-    model votes for each of its experts, so ``voices`` holds their number per model, by default 1). The spans and counts
-    are then made anew from the combined pairs: longest text first, and a text that two models give two types keeps both
-    pairs while its span goes to the type of the model listed first.
+    ``rule`` chooses the (type, text) pairs; ``voices`` is the number of experts per model, by default 1. The spans and
+    counts are then made anew from the combined pairs: longest text first, and a text that two models give two types
+    keeps both pairs while its span goes to the type of the model listed first.
     ``unparsable`` means that all completions were, ``truncated`` that any was; ``completion`` is empty.
 
-    Raises SamError on an unknown rule or no predictions.
+    Raises SamError for no predictions.
     """
-    check_rule(rule)
     if not predictions:
         raise SamError("no predictions to combine: give those of at least one model")
-    chosen = RULES[rule] if isinstance(rule, str) else rule
-    pairs = tuple(chosen(predictions, [1] * len(predictions) if voices is None else voices))
+    pairs = tuple(rule(predictions, [1] * len(predictions) if voices is None else voices))
     mentions, not_in_sentence, not_asked = locate(pairs, text, types)
     return Prediction(
         pairs=pairs,

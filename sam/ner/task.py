@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from sam.ner import grammar, parsing, prompts, scoring
-from sam.ner.combine import check_rule, combine
+from sam.ner.combine import combine
 from sam.task import Task
 
 NER = Task(
     version=prompts.PROMPT_VERSION,
     request=grammar.request,
     parse=parsing.predict,
-    check_rule=check_rule,
     combine=combine,
     score=scoring.score,
 )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-from sam import extend
 from sam.data.targets import Target, load_targets
 from sam.errors import SamError
 from sam.experts.card import Pool
+from sam.extend import Configured
 from sam.generation import DecodeSpec, Generator, build, check_constrained
 from sam.merging import MERGE_VERSION, AdapterDeltas, Merge
 from sam.models import sources
@@ -23,8 +22,8 @@ from sam.models.spec import BaseSpec
 from sam.ner.task import NER
 from sam.pipeline import Method
 from sam.results import SCHEMA, SCORES_VERSION, versions
-from sam.selection import Selector, custom, selector_of
-from sam.task import Rule, Task
+from sam.selection import Selector
+from sam.task import Task
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Plan:
     @property
     def uses_encoder(self) -> bool:
         """Whether sentences are embedded."""
-        return "encoder" in self.method.chooser.uses or self.method.custom_selector is not None
+        return "encoder" in self.method.selector.uses or not self.method.selector.declared
 
 
 def plan(config: Mapping[str, Any]) -> Plan:
@@ -56,34 +55,30 @@ def plan(config: Mapping[str, Any]) -> Plan:
     if config["completions"] not in ("reuse", "fresh"):
         raise SamError(f"completions={config['completions']} is unknown; allowed: reuse, fresh")
     pool = Pool(config["experts"]["path"])
-    selector, chooser = selector_from(config["selector"])
-    experts = [] if chooser else listed(config["selector"]["experts"])
-    rule, combiner = rule_from(config["combine"])
+    selector = Selector.from_config(config["selector"])
     only, exclude = listed(config["experts"]["only"]), listed(config["experts"]["exclude"])
-    uses = (chooser or selector_of(selector)).uses
-    names = pool_names(pool, only, exclude) if "names" in uses else []
+    names = pool_names(pool, only, exclude) if "names" in selector.uses else []
     method = Method(
         merge=merge,
         names=tuple(names),
         selector=selector,
         k=config["k"],
         sample_size=config["sample_size"],
-        rule=rule,
+        rule=Configured.read(config["combine"], "combine", 2, ["rule"]),
         seed=config["seed"],
-        experts=tuple(experts),
-        custom_selector=chooser,
-        custom_rule=combiner,
     )
-    method.check(pool, NER)
+    method.check(pool)
     _check_weights(method)
     targets = load_targets(config["target"], config["limit"], config["limit_seed"])
-    if "gold" in method.chooser.uses and not all(t.scored for t in targets):
-        raise SamError(f"selector={selector} ranks by gold labels, and the target has none; choose another selector")
+    if "gold" in selector.uses and not all(t.scored for t in targets):
+        raise SamError(
+            f"selector={selector.name} ranks by gold labels, and the target has none; choose another selector"
+        )
     base, encoder = BaseSpec.from_config(config["base"]), EncoderSpec.from_config(config["encoder"])
     sources.check(base)
     fold_hash(base)  # opens the warm start
     device = device_of(config["trainer"]["accelerator"])
-    used = sorted({*names, *experts})
+    used = sorted({*names, *selector.experts})
     return Plan(
         base=base,
         encoder=encoder,
@@ -132,12 +127,12 @@ def content(planned: Plan, base: Identity) -> dict[str, Any]:
 
 def _method_content(method: Method) -> dict[str, Any]:
     """What of the method can change a result: the options that its selector uses, and the merge where one is made."""
-    options = ("names", "k", "sample_size", "seed", "experts")
-    used = options if method.custom_selector else [option for option in options if option in method.chooser.uses]
+    options = ("names", "k", "sample_size", "seed")
+    used = [option for option in options if option in method.selector.uses or not method.selector.declared]
     merges = method.largest is None or method.largest > 1
     return {
-        "selector": method.selector,
-        "rule": method.rule,
+        "selector": method.selector.content(),
+        "rule": method.rule.content(),
         "merge": [method.merge.content(), method.merge.weights] if merges else None,
         **{option: getattr(method, option) for option in used},
     }
@@ -152,30 +147,6 @@ def content_hash(content: Mapping[str, Any]) -> str:
     """The hash of plain values."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def selector_from(config: Mapping[str, Any]) -> tuple[str, Selector | None]:
-    """The name that identifies the selector of a config, and the selector itself where it is not ours."""
-    if extend.TARGET not in config:
-        return config["name"], None
-    function, target = extend.function_of(config, "selector"), str(config[extend.TARGET])
-    flags = {key: bool(config.get(key, False)) for key in ("uses_k", "uses_gold")}
-    given = extend.options_of(config, function, "selector", 1, ["name", *flags])
-    return _named(target, function, {**given, **flags}), custom(target, function, given, **flags)
-
-
-def rule_from(config: Mapping[str, Any]) -> tuple[str, Rule | None]:
-    """As :func:`selector_from`, of the rule by which predictions are combined."""
-    if extend.TARGET not in config:
-        return config["rule"], None
-    function, target = extend.function_of(config, "combine"), str(config[extend.TARGET])
-    given = extend.options_of(config, function, "combine", 2, ["rule"])
-    return _named(target, function, given), partial(function, **given)
-
-
-def _named(target: str, function: Callable[..., Any], given: Mapping[str, Any]) -> str:
-    """A name that differs with the function's source and its options."""
-    return f"{target} {content_hash(extend.identity(target, function, given))}"
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
@@ -202,9 +173,9 @@ def _check_weights(method: Method) -> None:
     """Of ``merge.weights`` there must be one for each expert of every task model."""
     if method.merge.weights is None:
         return
-    if method.selector == "all_each":
+    if method.selector.name == "all_each":
         raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
-    if method.selector == "none":
+    if method.selector.name == "none":
         raise SamError("merge.weights fits no selector=none, which merges nothing; remove one of the two")
     size = method.largest or method.k
     if len(method.merge.weights) != size:

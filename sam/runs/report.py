@@ -11,7 +11,7 @@ from sam.engine import Engine
 from sam.generation import Request
 from sam.pipeline import COMBINED, Method, TargetResult
 from sam.results import PREDICTIONS, RESULT, peak_memory_mb
-from sam.selection.select import SELECTORS
+from sam.selection import Selector
 from sam.task import Task
 from sam.types import Mention, Prediction
 
@@ -35,10 +35,10 @@ def section(result: TargetResult, method: Method, engine: Engine) -> dict[str, A
     return {
         "n": len(target.sentences),
         "types": list(target.types),
-        "labels_used_for_selection": "gold" in method.chooser.uses,
+        "labels_used_for_selection": "gold" in method.selector.uses,
         "selections": {name: s.to_dict() for name, s in result.selections.items()},
         "models": models,
-        "combined": {"rule": method.rule, "scores": scores.get(COMBINED)},
+        "combined": {"rule": method.rule.shown, "scores": scores.get(COMBINED)},
         "seconds": round(sum(one.merge + one.generate for one in spent.values()), 2),
     }
 
@@ -119,7 +119,8 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
     note = "; selected with gold labels: an upper reference, not a method" if oracle else ""
     config = result["config"]
     name = config["selector"]["name"]
-    used = name not in SELECTORS or "k" in SELECTORS[name].uses
+    selector = Selector.from_config(config["selector"])
+    used = "k" in selector.uses or not selector.declared
     several = any(len(m["experts"]) > 1 for t in result["targets"].values() for m in t["models"].values())
     shown = [f"selector={name}"]
     shown += [f"merge={config['merge']['name']}"] * several + [f"k={config['k']}"] * used

@@ -334,7 +334,8 @@ def test_keys_hold_what_can_change_a_completion(tiny_spec: BaseSpec) -> None:
 def test_mistakes_in_the_config_are_one_line(
     tiny_spec: BaseSpec, config: dict[str, Any], named: tuple[str, ...]
 ) -> None:
-    given = {"_target_": "sam.generation.openvino.OpenVINOGenerator", **config}
+    usual = {"batch_size": 64, "precision": "auto"}
+    given = {"_target_": "sam.generation.openvino.OpenVINOGenerator", **usual, **config}
     with pytest.raises(SamError) as error:
         build(given, tiny_spec, "cpu", DecodeSpec(8, False))
     assert all(part in one_line(error) for part in named)

@@ -13,7 +13,7 @@ import pytest
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.models.encoder import Encoder, EncoderSpec
-from sam.selection import domain
+from sam.selection import by_domain as domain
 from tests.tiny import make_card, one_line
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sam.selection.by_sampling import Ask, agreement, draw, pair_f1, rank
 
-from sam.selection import sampling
-from sam.selection.sampling import Ask, agreement, draw, pair_f1, rank
+from sam.selection import by_sampling as sampling
 from sam.types import Pair, Prediction
 
 A, B, C, D = ("person", "Ada"), ("place", "Bath"), ("place", "Cork"), ("person", "Dee")
@@ -131,7 +131,7 @@ def test_drawn_ids_depend_on_seed_and_target() -> None:
 
 
 def test_drawn_ids_are_the_same_in_another_process() -> None:
-    code = "from sam.selection.sampling import draw; print(draw([f't{i}' for i in range(50)], 5, 3, 'target'))"
+    code = "from sam.selection.by_sampling import draw; print(draw([f't{i}' for i in range(50)], 5, 3, 'target'))"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == str(sampling.draw([f"t{i}" for i in range(50)], 5, 3, "target"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sam.errors import SamError
-from sam.selection.sampling import Ask
+from sam.selection.by_sampling import Ask
 from sam.selection.types import Ranking
 from sam.task import Task
 from sam.types import Sentence
