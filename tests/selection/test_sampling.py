@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sam.selection.by_sampling import Ask, agreement, draw, pair_f1, rank
 
 from sam.selection import by_sampling as sampling
+from sam.selection.by_sampling import Ask, agreement, draw, pair_f1, rank
 from sam.types import Pair, Prediction
 
 A, B, C, D = ("person", "Ada"), ("place", "Bath"), ("place", "Cork"), ("person", "Dee")
