@@ -239,12 +239,12 @@ def _wait(spec: BaseSpec, started: Any) -> None:
 
 
 def test_worker_exits_when_parent_is_killed(stand_in: None, spec: BaseSpec) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     started = context.Event()
     parent = context.Process(target=_wait, args=(spec, started))
     parent.start()
     assert started.wait(120) and parent.pid is not None
-    (worker,) = psutil.Process(parent.pid).children()
+    (worker,) = [p for p in psutil.Process(parent.pid).children() if "vllm_worker.py" in " ".join(p.cmdline())]
     os.kill(parent.pid, signal.SIGKILL)
     parent.join(30)
     worker.wait(30)
