@@ -1,19 +1,20 @@
 """What of vLLM's API the worker uses, with transformers underneath: a request a step, in reverse order.
 
 As vLLM it prints, keeps what it has computed until ``reset_prefix_cache``, and holds q, k and v in one tensor, which
-must be loaded whole. A grammar is "obeyed" by writing it. ``STAND_IN_DIES`` in the environment: it ends in a step.
+must be loaded whole. A grammar is "obeyed" by writing it. ``STAND_IN_DIES`` in the environment: it ends in a step. The
+libraries, which take seconds, are imported when they are needed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm.sampling_params import SamplingParams
 
@@ -23,15 +24,28 @@ __all__ = ["LLM", "SamplingParams"]
 class LLM:
     def __init__(self, model: str, dtype: str, **options: Any) -> None:
         assert options["generation_config"] == "vllm" and 0 < options["gpu_memory_utilization"] <= 1
-        print("Loading", model)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        if type(self.model).__name__ != "LlamaForCausalLM":
-            raise ValueError(f"Model architectures {self.model.config.architectures}\nare not supported")
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.folder, self.dtype = Path(model), dtype
+        architectures = json.loads((self.folder / "config.json").read_text())["architectures"]
+        if architectures != ["LlamaForCausalLM"]:
+            raise ValueError(f"Model architectures {architectures}\nare not supported")
         self.llm_engine = self
         self.count = 0
         self.waiting: list[tuple[str, list[int], SamplingParams]] = []
         self.computed: dict[str, Any] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        print("Loading", self.folder)
+        return LlamaForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
 
     def enqueue(self, prompts: Sequence[Any], params: Sequence[SamplingParams], use_tqdm: bool = True) -> list[str]:
         ids = []
@@ -59,6 +73,8 @@ class LLM:
         return [SimpleNamespace(request_id=number, finished=True, outputs=[self.computed[key]])]
 
     def _continued(self, prompt: list[int], sampling: SamplingParams) -> Any:
+        import torch
+
         assert sampling.temperature == 0 and sampling.logprobs == 0 and sampling.ignore_eos
         if sampling.structured_outputs is not None:
             ids = self.tokenizer(sampling.structured_outputs.grammar).input_ids[: sampling.max_tokens]
@@ -77,9 +93,11 @@ class LLM:
         logprobs = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, ids, strict=True)]
         return _output(ids, logprobs)
 
-    def collective_rpc(self, method: str, kwargs: dict[str, Iterable[tuple[str, torch.Tensor]]]) -> None:
+    def collective_rpc(self, method: str, kwargs: dict[str, Iterable[tuple[str, Any]]]) -> None:
         assert method == "reload_weights"
         weights = dict(kwargs["weights_iterator"])
+        if not weights:
+            return
         own = self.model.state_dict()
         for name in weights:
             layer, _, part = name.partition(".self_attn.")
