@@ -115,8 +115,10 @@ class Engine:
                 self.generator.load(merge_modules(adapters, list(experts), merge))
             self._loaded = key
         with self.timed("generate"):
+            self._loaded = None  # a generator that fails may have lost its model
             for index, completion in self.generator.generate(requests):
                 yield requests[index], completion
+            self._loaded = key
 
     def close(self) -> None:
         """Free the model; it is loaded again when it is needed."""

@@ -70,8 +70,9 @@ def check_constrained(generator: Generator) -> None:
 
 
 class Auto:
-    """OpenVINO on a CPU where it is installed and takes the base model, else transformers: chosen when the base model's
-    config is first needed, which may have to be converted or downloaded."""
+    """vLLM on a GPU where it is installed beside sam; OpenVINO on a CPU where it is installed and takes the base model;
+    else transformers. Chosen when the base model's config is first needed, which may have to be converted or
+    downloaded."""
 
     def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
         check_precision(precision)
@@ -84,7 +85,12 @@ class Auto:
         from sam.generation.transformers import TransformersGenerator
 
         given = (self.spec, self.device, self.max_new_tokens, self.batch_size, self.precision)
-        if torch.device(self.device).type == "cpu" and importlib.util.find_spec("openvino_genai"):
+        kind = torch.device(self.device).type
+        if kind == "cuda" and importlib.util.find_spec("vllm"):
+            from sam.generation.vllm import VLLMGenerator
+
+            return VLLMGenerator(*given)
+        if kind == "cpu" and importlib.util.find_spec("openvino_genai"):
             from sam.generation import openvino_ir
             from sam.generation.openvino import OpenVINOGenerator
 

@@ -21,9 +21,8 @@ from sam.errors import SamError
 from sam.generation import openvino_ir
 from sam.generation.api import Completion, Request, check_precision, completion, encode
 from sam.merging import AdapterDeltas
-from sam.models.base import config_of, stop_ids
+from sam.models.base import config_of, tokenizer_of
 from sam.models.device import multiplies_bf16, threads
-from sam.models.sources import folder
 from sam.models.spec import BaseSpec
 
 BLOCK = 32
@@ -70,7 +69,7 @@ class OpenVINOGenerator:
         """See :class:`~sam.generation.api.Generator`."""
         self._pipeline = None  # before its weights are overwritten
         if self._merged is None:
-            self._tokenizer, self._stop_ids = _tokenizer(self.spec)
+            self._tokenizer, self._stop_ids = tokenizer_of(self.spec)
             config = config_of(self.spec).get_text_config()
             self._window = openvino_ir.sliding_window(config)
             self._merged = _Merged(self.spec, tied=bool(config.tie_word_embeddings))
@@ -252,16 +251,3 @@ def _free(descriptor: int, folder: Path) -> None:
     """Give up the weights' memory (freed with the last view of it) and delete the folder."""
     os.close(descriptor)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tokenizer(spec: BaseSpec) -> tuple[Any, tuple[int, ...]]:
-    """The base model's tokenizer and stop tokens, without its weights."""
-    from transformers import AutoTokenizer, GenerationConfig
-
-    path = folder(spec)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    try:
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        configured = None
-    return tokenizer, stop_ids(tokenizer, configured, path)

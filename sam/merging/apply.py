@@ -70,7 +70,7 @@ class MergedWeights:
 
     def _add(self, name: str, delta: Tensor, shared: dict[int, list[str]]) -> None:
         weight = _weight(self.model, name)
-        _check_fit(name, weight, delta, self._applied, shared)
+        check_fit(name, weight, delta, self._applied, shared.get(id(weight), ()))
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             exact = torch.promote_types(weight.dtype, torch.float32)
             merged = weight.detach().to(exact) + delta.to(device=weight.device, dtype=exact)
@@ -112,7 +112,7 @@ def fold(model: nn.Module, modules: Iterable[tuple[str, Tensor]]) -> None:
     shared = _shared_weights(model)
     for name, delta in modules:
         weight = _weight(model, name)
-        _check_fit(name, weight, delta, done, shared)
+        check_fit(name, weight, delta, done, shared.get(id(weight), ()))
         with torch.no_grad():
             exact = torch.promote_types(weight.dtype, torch.float32)
             # Not in place: a weight that was read by mmap would first be copied, page by page.
@@ -125,13 +125,20 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     try:
         weight = getattr(model.get_submodule(name), "weight", None)
     except AttributeError:
-        raise SamError(f"the base model has no module {name!r}; the expert was trained on another base model") from None
+        raise no_module(name) from None
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise SamError(f"module {name!r} has no floating-point weight; load the base model without quantisation")
     return weight
 
 
-def _check_fit(name: str, weight: Tensor, delta: Tensor, done: Sequence[str], shared: dict[int, list[str]]) -> None:
+def no_module(name: str) -> SamError:
+    """The error for a delta of a module that the base model lacks."""
+    return SamError(f"the base model has no module {name!r}; the expert was trained on another base model")
+
+
+def check_fit(name: str, weight: Tensor, delta: Tensor, done: Sequence[str], owners: Sequence[str]) -> None:
+    """Raise SamError where module ``name`` was ``done`` already, its shape is another, or its weight has several
+    ``owners`` (names of parameters)."""
     if name in done:
         raise SamError(f"module {name!r} comes twice in one merge; give one delta a module")
     if weight.shape != delta.shape:
@@ -139,7 +146,6 @@ def _check_fit(name: str, weight: Tensor, delta: Tensor, done: Sequence[str], sh
             f"the delta of {name!r} has shape {list(delta.shape)}, the base model's weight {list(weight.shape)}; "
             "the expert was trained on another base model"
         )
-    owners = shared.get(id(weight), [])
     if len(owners) > 1:
         raise SamError(
             f"module {name!r} shares its weight with {', '.join(o for o in owners if o != f'{name}.weight')}, which "

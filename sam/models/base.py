@@ -44,6 +44,19 @@ def config_of(spec: BaseSpec) -> Any:
         ) from None
 
 
+def tokenizer_of(spec: BaseSpec) -> tuple[Any, tuple[int, ...]]:
+    """The base model's tokenizer and stop tokens, without its weights."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    path = folder(spec)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        configured = None
+    return tokenizer, stop_ids(tokenizer, configured, path)
+
+
 def load(spec: BaseSpec, device: str = "auto") -> Base:
     """The base model of ``spec`` in eval mode on ``device`` (``auto``: a GPU if there is one).
 
