@@ -19,14 +19,15 @@ log = logging.getLogger(__name__)
 COLUMNS = (".conll", ".bio", ".iob", ".tsv")
 TAG = re.compile(r"O|[BIELSU]-.+")
 SNIFFED_LINES = 50
-KEYS = ("text", "mentions", "id")
+KEYS = ("text", "mentions", "id", "types")
 
 
 def read_file(path: str | Path) -> list[Sentence]:
     """The sentences of a file, with ids ``{stem}/{index}`` unless the file gives them.
 
-    - ``.jsonl``: ``{"text", "mentions": [{"type", "start", "end"}], "id"}`` a line; mentions and id may be left out,
-      offsets count characters of the text, end exclusive.
+    - ``.jsonl``: ``{"text", "mentions": [{"type", "start", "end"}], "id", "types": ["gene"]}`` per line; all but the
+      text may be left out; offsets count characters of the text, end exclusive; ``types`` are those that this sentence
+      is asked for.
     - ``.conll``, ``.bio``, ``.iob``, ``.tsv``: token first, tag (any IOB or BILOU scheme) last, separated by tabs
       or else by spaces; a blank line between sentences.
     - any other: one of these if its first lines have that form, else plain text, one sentence per line, without gold.
@@ -96,7 +97,7 @@ def _from_json(path: Path, lines: list[str]) -> Iterator[Sentence]:
         unread.update(record.keys() - KEYS)
         mentions = record.get("mentions")
         gold = None if mentions is None else _mentions(where, text, mentions)
-        yield Sentence(str(record.get("id", f"{path.stem}/{index}")), text, gold)
+        yield Sentence(str(record.get("id", f"{path.stem}/{index}")), text, gold, _types(where, record.get("types")))
         index += 1
     if unread:
         log.warning("%s: not read: %s; a line may have %s", path, ", ".join(sorted(unread)), ", ".join(KEYS))
@@ -107,6 +108,14 @@ def _mentions(where: str, text: str, mentions: Any) -> tuple[Mention, ...]:
         raise SamError(f'{where}: "mentions" must be a list of {{"type", "start", "end"}}')
     read = [_mention(where, text, m) for m in mentions]
     return tuple(sorted(read, key=lambda m: (m.start, -m.end, m.type)))
+
+
+def _types(where: str, types: Any) -> tuple[str, ...] | None:
+    if types is None:
+        return None
+    if not isinstance(types, list) or not types or not all(isinstance(t, str) and t.strip() for t in types):
+        raise SamError(f'{where}: "types" must be a list of entity types, at least one')
+    return tuple(types)
 
 
 def _mention(where: str, text: str, mention: Any) -> Mention:

@@ -113,13 +113,15 @@ def _from_corpus(name: str, part: Mapping[str, Any]) -> Target:
 
 
 def _from_files(name: str, config: Mapping[str, Any]) -> Target:
-    types = [config["types"]] if isinstance(config["types"], str) else config["types"]
-    if not types:
-        raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
     if not config["path"]:
         raise SamError(
             "target=files needs a file: target.path=my.jsonl (JSONL, CoNLL columns, or one sentence per line)"
         )
+    sentences = read_file(Path(config["path"]).expanduser())
+    given = [config["types"]] if isinstance(config["types"], str) else config["types"]
+    types = given or list(dict.fromkeys(t for s in sentences for t in s.types or ()))
+    if not types or (not given and any(s.types is None for s in sentences)):
+        raise SamError("target=files needs the entity types to ask for: target.types=[gene,disease]")
     repeated = sorted({t for t in types if types.count(t) > 1})
     if repeated:
         raise SamError(f"target.types names {repeated[0]!r} twice; name each type once")
@@ -127,7 +129,6 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
         raise SamError(
             f"target.types names {odd[0]!r}; a type must be text, without space at its ends or double space in it"
         )
-    sentences = read_file(Path(config["path"]).expanduser())
     others = read_file(Path(config["unlabelled"]).expanduser()) if config["unlabelled"] else sentences
     annotated = entity_types(sentences)
     if annotated and not set(annotated) & set(types):
@@ -140,7 +141,8 @@ def _from_files(name: str, config: Mapping[str, Any]) -> Target:
             ", ".join(absent),
             f"; it has, not asked for and left out: {', '.join(unasked)}" if unasked else "",
         )
-    return Target(name, tuple(types), tuple(sentences), tuple(s.text for s in others))
+    own_types = {s.text: s.types for s in (*others, *sentences) if s.types is not None}
+    return Target(name, tuple(types), tuple(sentences), tuple(s.text for s in others), own_types)
 
 
 def mini(dataset: str, name: str | None = None) -> Target:

@@ -77,6 +77,8 @@ def test_plain_text(tmp_path: Path) -> None:
             '{"text": "a  c", "mentions": [{"type": "x", "start": 1, "end": 3}]}\n',
             r"a.jsonl:1: mention 1-3 covers no text",
         ),
+        ("a.jsonl", '{"text": "abc", "types": "x"}\n', r'a.jsonl:1: "types" must be a list of entity types'),
+        ("a.jsonl", '{"text": "abc", "types": []}\n', r'a.jsonl:1: "types" must be a list of entity types'),
         ("a.csv", "text,label\nAda sang,x\n", r"a.csv: CSV is not read; give JSON lines"),
         ("a.json", '[\n {"text": "Ada sang"}\n]\n', r"a.json: not JSON lines; put each sentence's object on a line"),
         ("a.jsonl", '{"text": "a", "id": 1}\n{"text": "b", "id": "1"}\n', r"a.jsonl: id '1' belongs to more than one"),
@@ -102,7 +104,7 @@ def test_keys_that_are_not_read_are_said(tmp_path: Path, caplog: pytest.LogCaptu
     path = write(tmp_path, "a.jsonl", '{"text": "Ada", "entities": []}\n{"text": "Bonn", "label": 1}\n')
     assert [s.mentions for s in read_file(path)] == [None, None]
     (record,) = caplog.records
-    assert record.getMessage() == f"{path}: not read: entities, label; a line may have text, mentions, id"
+    assert record.getMessage() == f"{path}: not read: entities, label; a line may have text, mentions, id, types"
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

@@ -182,6 +182,22 @@ def test_types_keep_the_order_in_which_a_user_gives_them(labelled: Path) -> None
     assert len(target.sentences[0].mentions or ()) == 2
 
 
+def test_sentences_of_a_file_can_have_types_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "Ada", "types": ["gene", "place"]}\n{"text": "Bob", "types": ["place"]}\n')
+    (target,) = load_targets(files(path, types=None))
+    assert target.types == ("gene", "place")
+    assert [target.types_of(s) for s in target.sentences] == [("gene", "place"), ("place",)]
+    assert [target.types_of_text(text) for text in target.unlabelled] == [("gene", "place"), ("place",)]
+    (some,) = load_targets(files(path, types=["gene"]))
+    assert [(s.text, some.types_of(s)) for s in some.sentences] == [("Ada", ("gene",))]
+    path.write_text('{"text": "Ada", "types": ["gene"]}\n{"text": "Bob"}\n')
+    with pytest.raises(SamError, match="needs the entity types to ask for"):
+        load_targets(files(path, types=None))
+    (both,) = load_targets(files(path, types=["gene", "place"]))
+    assert [both.types_of(s) for s in both.sentences] == [("gene",), ("gene", "place")]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
