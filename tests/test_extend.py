@@ -21,7 +21,7 @@ from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
 from sam.models.spec import BaseSpec
 from sam.ner.task import NER
 from sam.results import RESULT
-from sam.selection import Query, Selector
+from sam.selection import Query, Selector, uses
 from tests.test_cli import Runner, errors, make_runner
 from tests.tiny import HashEncoder, one_line
 
@@ -147,10 +147,28 @@ def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any],
     assert all(part in one_line(error) for part in named)
 
 
-def test_what_a_selector_returns_is_checked(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        (None, ("returned None", "must map task models to lists of experts")),
+        ({"a": 2}, ("chose 2 for a", "must be a list of: ")),
+        ({"a": "news"}, ("chose 'news' for a",)),
+        ({"a": (name for name in ["news"])}, ("chose <generator", "must be a list of: ")),
+        ({"a": ["news", "sports"]}, ("chose ['news', 'sports'] for a", "news, ")),
+    ],
+)
+def test_what_a_selector_returns_is_checked(
+    hash_encoder: HashEncoder, shared_pool: Pool, chosen: Any, named: tuple[str, ...]
+) -> None:
     query = Query(mini("movie"), shared_pool, shared_pool.names, hash_encoder, NER, none, 3, 1, 0)
-    with pytest.raises(SamError, match="must map task models to lists of experts"):
-        Selector.from_config({"_target_": "tests.test_extend.none"}).choose(query)
+    with pytest.raises(SamError) as error:
+        Selector(lambda query: chosen, {}, "mine.choose").choose(query)
+    assert all(part in one_line(error) for part in ("selector: mine.choose", *named))
+
+
+def test_what_no_selector_can_use_is_refused() -> None:
+    with pytest.raises(SamError, match="sample_sise is unknown; allowed: names, k, seed, encoder, sample_size, gold"):
+        uses("names", "sample_sise")
 
 
 class Called:

@@ -14,13 +14,17 @@ from sam.selection.types import Selection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+FIELDS = ("names", "k", "seed", "encoder", "sample_size", "gold")
+
 
 def uses(*fields: str) -> Callable[[F], F]:
     """Declare what a selector uses of the query beside the target's texts, and ``gold`` for the target's mentions.
 
     Mentions are hidden from a selector that does not declare ``gold``, and what is not declared is left out of a
-    result's hash.
+    result's hash. Raises SamError for what is not one of :data:`FIELDS`.
     """
+    if unknown := [field for field in fields if field not in FIELDS]:
+        raise SamError(f"sam.selection.uses: {unknown[0]} is unknown; allowed: {', '.join(FIELDS)}")
 
     def declare(function: F) -> F:
         function.uses = frozenset(fields)  # type: ignore[attr-defined]
@@ -57,7 +61,7 @@ class Selector(Configured):
     def experts(self) -> tuple[str, ...]:
         """The experts that the option ``experts`` names."""
         names = self.options.get("experts") or ()
-        return (names,) if isinstance(names, str) else tuple(names)
+        return tuple(names) if isinstance(names, list | tuple) else (str(names),)
 
     def content(self) -> dict[str, Any]:
         """What identifies the selector, with its flags."""
@@ -91,8 +95,8 @@ class Selector(Configured):
         selection = chosen if isinstance(chosen, Selection) else None
         experts = selection.experts if selection else chosen
         allowed = [*query.names, *self.experts]
-        if isinstance(experts, str) or not set(experts) <= set(allowed):
+        if not isinstance(experts, list | tuple) or not all(expert in allowed for expert in experts):
             raise SamError(
-                f"selector: {self.shown} chose {experts!r} for {model}; the pool holds: {', '.join(allowed)}"
+                f"selector: {self.shown} chose {experts!r} for {model}; it must be a list of: {', '.join(allowed)}"
             )
         return selection or Selection(self.shown, tuple(experts), {})
