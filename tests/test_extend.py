@@ -17,7 +17,8 @@ from sam import extend
 from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
+from sam.merging import AdapterDeltas, Merge, Method, factor_linear, linear, merge_modules, model_key
+from sam.merging.stream import DeltaSet, Merged
 from sam.models.spec import BaseSpec
 from sam.ner.task import NER
 from sam.results import RESULT
@@ -186,6 +187,45 @@ def test_a_function_is_identified_by_its_own_file(function: Any) -> None:
     found = extend.identity("mine", function, {"a": 1})
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     assert found == {"target": "mine", "source": source, "options": {"a": 1}}
+
+
+def test_what_is_made_of_anothers_function_is_identified_by_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "made_of_ours.py").write_text(
+        "import functools\nfrom sam.merging import ties\n\nsparse = functools.partial(ties, density=0.1)\n\n\n"
+        "@functools.wraps(ties)\ndef double(deltas, **options):\n    return ties([2 * d for d in deltas], **options)\n"
+    )
+    ours = Merge.from_config({"_target_": "sam.merging.ties", "density": 0.1})
+    assert ours.content() == {"name": "ties", "density": 0.1}
+    for name, options in {"sparse": {}, "double": {"density": 0.1}}.items():
+        merge = Merge.from_config({"_target_": f"made_of_ours.{name}", **options})
+        files = [str(tmp_path / "made_of_ours.py"), str(Path(str(extend.__file__)).parent / "merging" / "methods.py")]
+        source = b"".join(Path(file).read_bytes() for file in sorted(files))
+        assert merge.content() == {
+            "target": f"made_of_ours.{name}",
+            "source": hashlib.sha256(source).hexdigest()[:16],
+            "options": options,
+        }
+
+
+def test_an_option_that_is_null_is_not_one_that_is_left_out() -> None:
+    """A function of one's own may have another default."""
+    left_out, null = (Merge(halve, options, "tests.halve").content() for options in ({}, {"share": None}))
+    assert left_out != null
+    assert Merge(linear, {"weights": None}).content() == Merge(linear).content()
+
+
+def test_a_method_of_ones_own_that_takes_names_is_keyed_by_them(shared_pool: Pool) -> None:
+    @Method
+    def by_name(deltas: Sequence[DeltaSet], *, names: Sequence[str]) -> Merged:
+        return iter(())
+
+    adapters = [AdapterDeltas.open(shared_pool.folder(name)) for name in ("news", "stem")]
+    for function, differ in ((by_name, True), (factor_linear, False)):
+        keys = {model_key("base", adapters, names, Merge(function)) for names in (["a", "b"], ["a", "c"])}
+        assert len(keys) == (2 if differ else 1)
 
 
 def test_what_has_no_source_is_refused() -> None:
