@@ -150,6 +150,8 @@ def check_overrides(argv: Sequence[str]) -> None:
         if argument.startswith("~") and not name.startswith("target.sets."):
             raise SamError(f"{argument}: every run needs {name}; give it another value")
         if name in groups():
+            if name not in ("experiment", "target") and value.startswith("["):
+                raise SamError(f"{argument}: a run has one {name}; a sweep over several: -m {name}=A,B")
             for choice in _names(value):
                 if re.fullmatch(r"[\w-]+", choice):
                     _check_known(choice, f"{name}=", groups()[name])

@@ -167,6 +167,11 @@ def test_what_a_selector_returns_is_checked(
     assert all(part in one_line(error) for part in ("selector: mine.choose", *named))
 
 
+def test_flags_of_a_selector_that_declares_what_it_uses_are_refused() -> None:
+    with pytest.raises(SamError, match="selector.uses_gold: sam declares by itself what it uses"):
+        Selector.from_config({"_target_": "sam.selection.selectors.sam", "uses_gold": True})
+
+
 def test_what_no_selector_can_use_is_refused() -> None:
     with pytest.raises(SamError, match="sample_sise is unknown; allowed: names, k, seed, encoder, sample_size, gold"):
         uses("names", "sample_sise")

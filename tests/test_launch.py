@@ -115,6 +115,12 @@ def test_an_option_of_another_file_of_the_group_is_refused(argv: list[str], refu
         launch.check_overrides(argv)
 
 
+def test_several_options_of_a_group_that_has_one_are_refused() -> None:
+    with pytest.raises(SamError, match="a run has one selector; a sweep over several: -m selector=A,B"):
+        launch.check_overrides(["selector=[sam,domain]"])
+    launch.check_overrides(["target=[mini_movie,mini_music]"])
+
+
 def test_an_option_of_an_experiments_own_choice_is_taken() -> None:
     launch.check_overrides(["experiment=singles", "selector.experts=[news]"])  # its file sets selector=named
     launch.check_overrides(["experiment=k_by_merge", "merge=ties", "merge.density=0.1"])

@@ -45,7 +45,10 @@ class Selector(Configured):
         """From a ``conf/selector`` file; ``uses_k`` and ``uses_gold`` are the flags of a function of one's own."""
         flags = {"k": config.get("uses_k", False), "gold": config.get("uses_gold", False)}
         selector = cls.read(config, "selector", 1, ("name", "uses_k", "uses_gold"))
-        return replace(selector, flags=frozenset(name for name, given in flags.items() if given))
+        given = frozenset(name for name, value in flags.items() if value)
+        if given and selector.declared:
+            raise SamError(f"selector.uses_{min(given)}: {selector.shown} declares by itself what it uses; remove it")
+        return replace(selector, flags=given)
 
     @property
     def declared(self) -> bool:
