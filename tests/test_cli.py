@@ -198,7 +198,7 @@ def test_failing_jobs_do_not_stop_the_others(runner: Runner) -> None:
     ("arguments", "code", "named"),
     [
         (["merge=tie"], 2, ("merge=tie", "ties", "linear")),
-        (["merge=linear", "merge.density=0.5"], 1, ("merge=linear", "density", "ties")),
+        (["merge=linear", "merge.density=0.5"], 2, ("merge=linear", "density", "lam, weights")),
         (["k=99"], 1, ("k=99", "1..4")),
         (["task=train", "domain=start", "base.fold=/some"], 1, ("domain=start", "base.fold=null")),
         (["task=train", "domain.domains=[[open_types]]"], 1, ("open_types is mixed in by train.open_sentences",)),
@@ -224,7 +224,7 @@ def test_help_answers_without_loading_anything_heavy(runner: Runner) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for part in ("merge: dare, dare_ties", "selector: ", "target: ", "sample_size: 10", "experiment: "):
+    for part in ("merge: breadcrumbs, dare, ", "selector: ", "target: ", "sample_size: 10", "experiment: "):
         assert part in done.stdout
 
 
