@@ -71,7 +71,8 @@ class Configured:
     @property
     def ours(self) -> bool:
         """Whether the function is one of this project's."""
-        return str(getattr(self.function, "__module__", "")).startswith("sam.")
+        # A function of another's that is wrapped in ours has the module of ours.
+        return (self.target or str(getattr(self.function, "__module__", ""))).startswith("sam.")
 
     @property
     def name(self) -> str:
@@ -87,14 +88,13 @@ class Configured:
     def content(self) -> dict[str, Any]:
         """What identifies the function and its options, as plain values for JSON; of one that is not ours, its source
         too."""
-        given = {name: value for name, value in self.options.items() if value is not None}
-        if self.ours:
-            return {"name": self.name, **{name: given[name] for name in sorted(given)}}
-        return identity(self.target, self.function, given)
+        if self.ours:  # whose options all are None by default, if they may be None
+            return {"name": self.name, **{name: value for name, value in self.options.items() if value is not None}}
+        return identity(self.target, self.function, self.options)
 
 
 def identity(target: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a function: its name, the hash of the source file that it is in, and its options.
+    """What identifies a function: its name, the hash of the source files that it and its name are in, and its options.
 
     Raises SamError for what has no source file, as a change of it could not be noticed.
     """
@@ -104,12 +104,21 @@ def identity(target: str, function: Callable[..., Any], options: Mapping[str, An
     if not (inspect.isroutine(inner) or inspect.isclass(inner)):
         inner = type(inner)
     try:
-        source = Path(inspect.getfile(inner)).read_bytes()
+        files = {inspect.getfile(inner), *_module_file(target)}
+        source = b"".join(Path(file).read_bytes() for file in sorted(files))
     except (OSError, TypeError):
         raise SamError(
             f"{target} has no source file by which a change of it is noticed; name a Python function"
         ) from None
     return {"target": target, "source": hashlib.sha256(source).hexdigest()[:16], "options": dict(options)}
+
+
+def _module_file(target: str) -> list[str]:
+    """The file of the module in which ``target`` is: what it names there may be made of a function of another file."""
+    parts = target.split(".")
+    modules = [sys.modules.get(".".join(parts[:end])) for end in range(len(parts) - 1, 0, -1)]
+    module = next((module for module in modules if module is not None), None)
+    return [module.__file__] if module is not None and module.__file__ else []
 
 
 def config_dirs(argv: Sequence[str]) -> list[Path]:

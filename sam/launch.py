@@ -139,35 +139,72 @@ def check_overrides(argv: Sequence[str]) -> None:
         _check_known(group, "", keys(""))
         if key and group in groups() and group != "experiment":
             _check_known(key.split(".")[0], f"{group}.", keys(group))
-        if key and group in ("merge", "selector"):
+        if key and group in groups() and group not in ("experiment", "target"):
             _check_option(group, key.split(".")[0], argv)
+        if group in LABELS and key == TARGET:
+            raise SamError(
+                f"{argument}: its label would be another function's; choose {group}=NAME, of a file that names it"
+            )
         if LABELS.get(group) == key:
             raise SamError(f"{argument}: {name} is the label of {group}={value}; choose {group}={value} itself")
         if argument.startswith("~") and not name.startswith("target.sets."):
             raise SamError(f"{argument}: every run needs {name}; give it another value")
         if name in groups():
-            for choice in re.split(r"[,\[\]\s]+", value.strip("'\"")):
+            if name not in ("experiment", "target") and value.startswith("["):
+                raise SamError(f"{argument}: a run has one {name}; a sweep over several: -m {name}=A,B")
+            for choice in _names(value):
                 if re.fullmatch(r"[\w-]+", choice):
                     _check_known(choice, f"{name}=", groups()[name])
 
 
 def _check_option(group: str, key: str, argv: Sequence[str]) -> None:
-    """Refuse an option of ``group`` that one of the chosen methods does not have."""
-    for method in _chosen(group, argv):
-        options = sorted({str(k) for file in _files(group) if file.stem == method for k in OmegaConf.load(file)})
+    """Refuse an option of ``group`` that one of the chosen files does not have."""
+    for name in _chosen(group, argv):
+        options = _options(group, name)
         if options and key not in options:
-            shown = ", ".join(option for option in options if option not in ("name", TARGET)) or "none"
-            raise SamError(f"{group}.{key}: {group}={method} does not use it; its options: {shown}")
+            shown = ", ".join(sorted(options - {"name", LABELS.get(group), TARGET})) or "none"
+            raise SamError(f"{group}.{key}: {group}={name} does not use it; its options: {shown}")
+
+
+def _options(group: str, name: str) -> set[str]:
+    """The keys of a config file, with those of the files of its group that it is made of."""
+    configs = [OmegaConf.load(file) for file in _files(group) if file.stem == name]
+    parts = [
+        part
+        for config in configs
+        for part in OmegaConf.select(config, "defaults") or ()
+        if part not in ("_self_", name)
+    ]
+    own = {str(key) for config in configs for key in config} - {"defaults"}
+    return own.union(*(_options(group, part) for part in parts if isinstance(part, str)))
 
 
 def _chosen(group: str, argv: Sequence[str]) -> list[str]:
-    """The options of ``group`` that a command line chooses: its own, else an experiment's, else the default."""
-    experiments = [a.partition("=")[2] for a in argv if a.lstrip("+").startswith("experiment=")]
-    files = [file for name in experiments for file in _files("experiment") if file.stem == name]
-    swept = [OmegaConf.select(OmegaConf.load(file), f"hydra.sweeper.params.{group}") for file in files]
-    default = [d[group] for d in OmegaConf.load(conf_dir() / "config.yaml").defaults if group in d]
-    given = [a.partition("=")[2] for a in argv if a.startswith(f"{group}=")] or [s for s in swept if s] or default
-    return [name.strip() for choice in given for name in str(choice).split(",")]
+    """The options of ``group`` that a command line chooses: its own, else its experiments', else the default."""
+    (default,) = (d[group] for d in OmegaConf.load(conf_dir() / "config.yaml").defaults if group in d)
+    experiments = [_of_experiment(group, name) or default for name in _given("experiment", argv)]
+    return _given(group, argv) or [name for choice in experiments for name in _names(choice)] or [default]
+
+
+def _given(group: str, argv: Sequence[str]) -> list[str]:
+    """The options of ``group`` that are named on the command line."""
+    values = [a.partition("=")[2] for a in argv if a.lstrip("+").startswith(f"{group}=")]
+    return [name for value in values for name in _names(value)]
+
+
+def _of_experiment(group: str, experiment: str) -> str | None:
+    """What an experiment sweeps over, or sets, for ``group``."""
+    choices = []
+    for file in (file for file in _files("experiment") if file.stem == experiment):
+        config, override = OmegaConf.load(file), f"override /{group}"
+        choices.append(OmegaConf.select(config, f"hydra.sweeper.params.{group}"))
+        choices += [d[override] for d in OmegaConf.select(config, "defaults") or () if override in d]
+    return next((str(choice) for choice in choices if choice), None)
+
+
+def _names(value: str) -> list[str]:
+    """The names in a value such as ``a``, ``a,b`` or ``[a,b]``."""
+    return [name for name in re.split(r"[,\[\]\s]+", value.strip("'\"")) if name]
 
 
 def _check_known(name: str, before: str, allowed: Sequence[str]) -> None:

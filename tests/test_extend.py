@@ -17,11 +17,12 @@ from sam import extend
 from sam.data.targets import mini
 from sam.errors import SamError
 from sam.experts.card import Pool
-from sam.merging import AdapterDeltas, Merge, linear, merge_modules, model_key
+from sam.merging import AdapterDeltas, Merge, Method, factor_linear, linear, merge_modules, model_key
+from sam.merging.stream import DeltaSet, Merged
 from sam.models.spec import BaseSpec
 from sam.ner.task import NER
 from sam.results import RESULT
-from sam.selection import Query, Selector
+from sam.selection import Query, Selector, uses
 from tests.test_cli import Runner, errors, make_runner
 from tests.tiny import HashEncoder, one_line
 
@@ -147,10 +148,33 @@ def test_mistakes_in_a_config_are_one_line(section: str, config: dict[str, Any],
     assert all(part in one_line(error) for part in named)
 
 
-def test_what_a_selector_returns_is_checked(hash_encoder: HashEncoder, shared_pool: Pool) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        (None, ("returned None", "must map task models to lists of experts")),
+        ({"a": 2}, ("chose 2 for a", "must be a list of: ")),
+        ({"a": "news"}, ("chose 'news' for a",)),
+        ({"a": (name for name in ["news"])}, ("chose <generator", "must be a list of: ")),
+        ({"a": ["news", "sports"]}, ("chose ['news', 'sports'] for a", "news, ")),
+    ],
+)
+def test_what_a_selector_returns_is_checked(
+    hash_encoder: HashEncoder, shared_pool: Pool, chosen: Any, named: tuple[str, ...]
+) -> None:
     query = Query(mini("movie"), shared_pool, shared_pool.names, hash_encoder, NER, none, 3, 1, 0)
-    with pytest.raises(SamError, match="must map task models to lists of experts"):
-        Selector.from_config({"_target_": "tests.test_extend.none"}).choose(query)
+    with pytest.raises(SamError) as error:
+        Selector(lambda query: chosen, {}, "mine.choose").choose(query)
+    assert all(part in one_line(error) for part in ("selector: mine.choose", *named))
+
+
+def test_flags_of_a_selector_that_declares_what_it_uses_are_refused() -> None:
+    with pytest.raises(SamError, match="selector.uses_gold: sam declares by itself what it uses"):
+        Selector.from_config({"_target_": "sam.selection.selectors.sam", "uses_gold": True})
+
+
+def test_what_no_selector_can_use_is_refused() -> None:
+    with pytest.raises(SamError, match="sample_sise is unknown; allowed: names, k, seed, encoder, sample_size, gold"):
+        uses("names", "sample_sise")
 
 
 class Called:
@@ -168,6 +192,45 @@ def test_a_function_is_identified_by_its_own_file(function: Any) -> None:
     found = extend.identity("mine", function, {"a": 1})
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     assert found == {"target": "mine", "source": source, "options": {"a": 1}}
+
+
+def test_what_is_made_of_anothers_function_is_identified_by_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "made_of_ours.py").write_text(
+        "import functools\nfrom sam.merging import ties\n\nsparse = functools.partial(ties, density=0.1)\n\n\n"
+        "@functools.wraps(ties)\ndef double(deltas, **options):\n    return ties([2 * d for d in deltas], **options)\n"
+    )
+    ours = Merge.from_config({"_target_": "sam.merging.ties", "density": 0.1})
+    assert ours.content() == {"name": "ties", "density": 0.1}
+    for name, options in {"sparse": {}, "double": {"density": 0.1}}.items():
+        merge = Merge.from_config({"_target_": f"made_of_ours.{name}", **options})
+        files = [str(tmp_path / "made_of_ours.py"), str(Path(str(extend.__file__)).parent / "merging" / "methods.py")]
+        source = b"".join(Path(file).read_bytes() for file in sorted(files))
+        assert merge.content() == {
+            "target": f"made_of_ours.{name}",
+            "source": hashlib.sha256(source).hexdigest()[:16],
+            "options": options,
+        }
+
+
+def test_an_option_that_is_null_is_not_one_that_is_left_out() -> None:
+    """A function of one's own may have another default."""
+    left_out, null = (Merge(halve, options, "tests.halve").content() for options in ({}, {"share": None}))
+    assert left_out != null
+    assert Merge(linear, {"weights": None}).content() == Merge(linear).content()
+
+
+def test_a_method_of_ones_own_that_takes_names_is_keyed_by_them(shared_pool: Pool) -> None:
+    @Method
+    def by_name(deltas: Sequence[DeltaSet], *, names: Sequence[str]) -> Merged:
+        return iter(())
+
+    adapters = [AdapterDeltas.open(shared_pool.folder(name)) for name in ("news", "stem")]
+    for function, differ in ((by_name, True), (factor_linear, False)):
+        keys = {model_key("base", adapters, names, Merge(function)) for names in (["a", "b"], ["a", "c"])}
+        assert len(keys) == (2 if differ else 1)
 
 
 def test_what_has_no_source_is_refused() -> None:

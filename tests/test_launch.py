@@ -93,6 +93,8 @@ def test_every_merge_file_is_valid_and_gives_every_option(name: str) -> None:
         (["-m", "merge=ties,iso_c", "merge.density=0.1,0.2"], "iso_c"),
         (["merge.gamma=0.1"], "ties"),
         (["experiment=k_by_merge", "merge.density=0.1"], "linear"),
+        (["-m", "experiment=loo_news,k_by_merge", "merge.density=0.1"], "linear"),
+        (["experiment=loo_news", "merge.gamma=0.1"], "ties"),
     ],
 )
 def test_an_option_that_a_method_lacks_is_refused(argv: list[str], method: str) -> None:
@@ -101,11 +103,40 @@ def test_an_option_that_a_method_lacks_is_refused(argv: list[str], method: str) 
     launch.check_overrides(["-m", "merge=ties,dare", "merge.density=0.1"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "refused"),
+    [
+        (["generator.memory=0.5"], "generator=auto does not use it; its options: batch_size, precision"),
+        (["logger=none", "logger.mode=online"], "logger=none does not use it; its options: none"),
+    ],
+)
+def test_an_option_of_another_file_of_the_group_is_refused(argv: list[str], refused: str) -> None:
+    with pytest.raises(SamError, match=refused):
+        launch.check_overrides(argv)
+
+
+def test_several_options_of_a_group_that_has_one_are_refused() -> None:
+    with pytest.raises(SamError, match="a run has one selector; a sweep over several: -m selector=A,B"):
+        launch.check_overrides(["selector=[sam,domain]"])
+    launch.check_overrides(["target=[mini_movie,mini_music]"])
+
+
+def test_an_option_of_an_experiments_own_choice_is_taken() -> None:
+    launch.check_overrides(["experiment=singles", "selector.experts=[news]"])  # its file sets selector=named
+    launch.check_overrides(["experiment=k_by_merge", "merge=ties", "merge.density=0.1"])
+
+
 @pytest.mark.parametrize("argument", ["merge.name=dare", "selector.name=random", "combine.rule=vote"])
 def test_a_label_cannot_be_set_without_what_it_names(argument: str) -> None:
     group, value = argument.split(".")[0], argument.split("=")[1]
     with pytest.raises(SamError, match=f"is the label of {group}={value}; choose {group}={value} itself"):
         launch.check_overrides([argument])
+
+
+@pytest.mark.parametrize("group", ["merge", "selector", "combine"])
+def test_a_function_cannot_be_set_under_the_label_of_another(group: str) -> None:
+    with pytest.raises(SamError, match=f"choose {group}=NAME, of a file that names it"):
+        launch.check_overrides([f"{group}._target_=mine.f"])
 
 
 @pytest.mark.usefixtures("conf")

@@ -86,11 +86,11 @@ class Auto:
 
         given = (self.spec, self.device, self.max_new_tokens, self.batch_size, self.precision)
         kind = torch.device(self.device).type
-        if kind == "cuda" and importlib.util.find_spec("vllm"):
+        if kind == "cuda" and _installed("vllm"):
             from sam.generation.vllm import VLLMGenerator
 
             return VLLMGenerator(*given)
-        if kind == "cpu" and importlib.util.find_spec("openvino_genai"):
+        if kind == "cpu" and _installed("openvino_genai"):
             from sam.generation import openvino_ir
             from sam.generation.openvino import OpenVINOGenerator
 
@@ -116,6 +116,13 @@ class Auto:
         """See :class:`~sam.generation.api.Generator`."""
         if "chosen" in vars(self):
             self.chosen.close()
+
+
+def _installed(package: str) -> bool:
+    """Whether a package can be imported. A folder of its name that is none has no origin, such as ``vllm``'s
+    environment in the working directory."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 @lru_cache

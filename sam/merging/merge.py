@@ -58,8 +58,10 @@ class Merge(Configured):
 
     @property
     def is_random(self) -> bool:
-        """Whether random numbers are drawn, by the experts' names."""
-        return "seed" in self.options
+        """Whether random numbers are drawn, by the experts' names: where a method of another's is given them, it is
+        taken to do so."""
+        takes_names = isinstance(self.function, Method) and self.function.takes_names
+        return takes_names and ("seed" in self.options or not self.ours)
 
     def stream(self, sets: Sequence[DeltaSet], names: Sequence[str]) -> Merged:
         """(module, merged ΔW in fp32), modules in order of name."""

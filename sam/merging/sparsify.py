@@ -135,7 +135,7 @@ def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
         torch.linspace(density - epsilon / 2, density + epsilon / 2, width) if width > 1 else torch.tensor([density])
     )
     chances = torch.empty_like(rows, dtype=torch.float32)
-    return chances.scatter_(1, rows.abs().argsort(dim=1), by_rank.to(rows.device).expand_as(rows))
+    return chances.scatter_(1, rows.abs().argsort(dim=1, stable=True), by_rank.to(rows.device).expand_as(rows))
 
 
 def _drawn(count: int, seed: int, names: Sequence[str] | None) -> list[str]:

@@ -38,7 +38,8 @@ def _pair(one: DeltaSet, module: str) -> Pair:
         return (a.T, b.T) if factors.transposed else (b, a)
     delta = one[module].detach().to(torch.float32)
     if delta.dim() != 2:
-        raise SamError(f"delta {module} has shape {list(delta.shape)}; merging singular vectors takes matrices")
+        of = f" of module {module}" if module else ""
+        raise SamError(f"a delta{of} has shape {list(delta.shape)}; merging singular vectors takes matrices")
     return delta, torch.eye(delta.shape[1], device=delta.device)
 
 

@@ -48,14 +48,17 @@ def combine(
     keeps both pairs while its span goes to the type of the model listed first.
     ``unparsable`` means that all completions were, ``truncated`` that any was; ``completion`` is empty.
 
-    Raises SamError for no predictions.
+    Raises SamError for no predictions, and for a rule that returns something else.
     """
     if not predictions:
         raise SamError("no predictions to combine: give those of at least one model")
-    pairs = tuple(rule(predictions, [1] * len(predictions) if voices is None else voices))
+    pairs = rule(predictions, [1] * len(predictions) if voices is None else voices)
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        shown = getattr(rule, "shown", "the rule")
+        raise SamError(f"combine: {shown} returned {pairs!r}; it must return a list of (type, text) pairs")
     mentions, not_in_sentence, not_asked = locate(pairs, text, types)
     return Prediction(
-        pairs=pairs,
+        pairs=tuple(pairs),
         mentions=mentions,
         completion="",
         unparsable=all(prediction.unparsable for prediction in predictions),

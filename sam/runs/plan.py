@@ -170,13 +170,13 @@ def pool_names(pool: Pool, only: Sequence[str], exclude: Sequence[str]) -> list[
 
 
 def _check_weights(method: Method) -> None:
-    """Of ``merge.weights`` there must be one for each expert of every task model."""
-    if method.merge.weights is None:
+    """Of ``merge.weights`` there must be one for each expert of every task model, where their number is known."""
+    size = method.largest
+    if method.merge.weights is None or size is None:
         return
     if method.selector.name == "all_each":
         raise SamError("merge.weights fits no selector=all_each, whose models differ in size; choose selector=all")
     if method.selector.name == "none":
         raise SamError("merge.weights fits no selector=none, which merges nothing; remove one of the two")
-    size = method.largest or method.k
     if len(method.merge.weights) != size:
         raise SamError(f"merge.weights has {len(method.merge.weights)} values for {size} experts; give one per expert")

@@ -49,7 +49,7 @@ class Models:
         from sam.engine import Engine
         from sam.generation import CompletionCache
 
-        of = (base, planned.base, planned.decode, planned.settings)
+        of = (base, planned.base, planned.decode, planned.settings, planned.generator.key())
         cache = CompletionCache(None if fresh else cache_dir() / "completions")
         if self._engine is None or self._of != of:
             self.close()  # before the next one takes its memory

@@ -14,13 +14,17 @@ from sam.selection.types import Selection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+FIELDS = ("names", "k", "seed", "encoder", "sample_size", "gold")
+
 
 def uses(*fields: str) -> Callable[[F], F]:
     """Declare what a selector uses of the query beside the target's texts, and ``gold`` for the target's mentions.
 
     Mentions are hidden from a selector that does not declare ``gold``, and what is not declared is left out of a
-    result's hash.
+    result's hash. Raises SamError for what is not one of :data:`FIELDS`.
     """
+    if unknown := [field for field in fields if field not in FIELDS]:
+        raise SamError(f"sam.selection.uses: {unknown[0]} is unknown; allowed: {', '.join(FIELDS)}")
 
     def declare(function: F) -> F:
         function.uses = frozenset(fields)  # type: ignore[attr-defined]
@@ -41,7 +45,10 @@ class Selector(Configured):
         """From a ``conf/selector`` file; ``uses_k`` and ``uses_gold`` are the flags of a function of one's own."""
         flags = {"k": config.get("uses_k", False), "gold": config.get("uses_gold", False)}
         selector = cls.read(config, "selector", 1, ("name", "uses_k", "uses_gold"))
-        return replace(selector, flags=frozenset(name for name, given in flags.items() if given))
+        given = frozenset(name for name, value in flags.items() if value)
+        if given and selector.declared:
+            raise SamError(f"selector.uses_{min(given)}: {selector.shown} declares by itself what it uses; remove it")
+        return replace(selector, flags=given)
 
     @property
     def declared(self) -> bool:
@@ -57,7 +64,7 @@ class Selector(Configured):
     def experts(self) -> tuple[str, ...]:
         """The experts that the option ``experts`` names."""
         names = self.options.get("experts") or ()
-        return (names,) if isinstance(names, str) else tuple(names)
+        return tuple(names) if isinstance(names, list | tuple) else (str(names),)
 
     def content(self) -> dict[str, Any]:
         """What identifies the selector, with its flags."""
@@ -91,8 +98,8 @@ class Selector(Configured):
         selection = chosen if isinstance(chosen, Selection) else None
         experts = selection.experts if selection else chosen
         allowed = [*query.names, *self.experts]
-        if isinstance(experts, str) or not set(experts) <= set(allowed):
+        if not isinstance(experts, list | tuple) or not all(expert in allowed for expert in experts):
             raise SamError(
-                f"selector: {self.shown} chose {experts!r} for {model}; the pool holds: {', '.join(allowed)}"
+                f"selector: {self.shown} chose {experts!r} for {model}; it must be a list of: {', '.join(allowed)}"
             )
         return selection or Selection(self.shown, tuple(experts), {})

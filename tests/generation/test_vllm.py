@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -294,13 +295,18 @@ def test_mistakes_in_the_config_are_one_line(spec: BaseSpec, config: dict[str, A
     assert all(part in one_line(error) for part in named)
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    ("there", "is_vllm"),
+    [
+        (ModuleSpec("vllm", None, origin="vllm/__init__.py"), True),
+        (ModuleSpec("vllm", None), False),  # a folder, such as its environment
+        (None, False),
+    ],
+)
 def test_auto_is_vllm_on_a_gpu_where_it_is_installed(
-    spec: BaseSpec, monkeypatch: pytest.MonkeyPatch, there: bool
+    spec: BaseSpec, monkeypatch: pytest.MonkeyPatch, there: ModuleSpec | None, is_vllm: bool
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: there or None if name == "vllm" else find(name, *rest)
-    )
-    assert isinstance(Auto(spec, "cuda", 8, 4, "auto").chosen, VLLMGenerator if there else TransformersGenerator)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there if name == "vllm" else find(name, *rest))
+    assert isinstance(Auto(spec, "cuda", 8, 4, "auto").chosen, VLLMGenerator if is_vllm else TransformersGenerator)
     assert not isinstance(Auto(spec, "cpu", 8, 4, "auto").chosen, VLLMGenerator)

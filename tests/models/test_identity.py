@@ -30,7 +30,7 @@ def test_a_warm_start_of_another_base_is_refused(tiny: Base, tiny_base: Path, tm
     spec = local(tiny_base, fold=str(tmp_path))
     make_card("start", tiny.fingerprint, role="start").write(tmp_path)
     assert identity(spec) == identity(spec)
-    make_card("news", "f" * 64).write(tmp_path)  # such as an expert of a base with a fold
+    make_card("news", "f" * 64).write(tmp_path)  # such as an expert of a base with a warm start
     with pytest.raises(SamError) as error:
         identity(spec)
     assert "was trained on another base (ffffffffffff" in one_line(error) and "base.fold=null" in one_line(error)

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 
@@ -79,3 +80,9 @@ def test_the_set_of_pairs_does_not_depend_on_the_order_of_models(rule: Rule) -> 
 def test_no_predictions_are_refused() -> None:
     with pytest.raises(SamError, match="no predictions"):
         combine([], TEXT, union, TYPES)
+
+
+@pytest.mark.parametrize("returned", [None, "person", ["person"], [("person", "Ada", 1)]])
+def test_what_a_rule_returns_is_checked(returned: Any) -> None:
+    with pytest.raises(SamError, match="must return a list of"):
+        combine([ONE, TWO], TEXT, lambda predictions, voices: returned, TYPES)

@@ -38,7 +38,7 @@ def test_answer_has_distinct_pairs_as_they_appear() -> None:
     assert answer(gold, ["a"]) == r' {" \"Ada\"":" a"," Zoë":" a"}'
 
 
-def test_answer_folds_whitespace_and_merges_what_then_is_one() -> None:
+def test_answer_normalises_whitespace_and_merges_what_then_is_one() -> None:
     gold = sentence("New\n York, New York", (0, 9, "place"), (11, 19, "place"))
     assert answer(gold, ["place"]) == ' {" New York":" place"}'
 

@@ -231,6 +231,9 @@ def test_jobs_of_one_process_share_what_they_can(
     settings = json.loads((pool.path / "news" / "adapter_config.json").read_text())
     settings["lora_alpha"] *= 2
     latest = models._engine
+    monkeypatch.setattr(FakeGenerator, "key", lambda self: {"generator": "fake", "device": "another"})
+    assert engine_after("seed=3") is not latest, "the device is another"
+    latest = models._engine
     assert latest is not None
     before = latest.key(["news"], SINGLE)
     (pool.path / "news" / "adapter_config.json").write_text(json.dumps(settings))
@@ -433,3 +436,9 @@ def test_the_base_alone_runs_beside_experts_of_another_base(composed: Compose, p
     assert result["targets"]["mini_movie"]["models"]["none"]["experts"] == [] and result["experts"] == {}
     with pytest.raises(SamError, match="merge.weights fits no selector=none"):
         plan(composed("selector=none", "merge.weights=[1,1]"))
+
+
+def test_weights_are_not_counted_where_only_the_selector_knows_how_many(composed: Compose) -> None:
+    given = {"_target_": "tests.fakes.gold_of", "name": "mine"}
+    config = composed("merge.weights=[1,2,3,4]")
+    assert plan({**config, "selector": given}).method.merge.weights == [1, 2, 3, 4]
