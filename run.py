@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from sam import extend, launch
+from sam import extend, launch, overrides
 from sam.errors import SamError
 
 launch.register_resolvers()
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.argv[1:] = launch.arranged(sys.argv[1:])
     extend.importable(sys.argv[1:])
     try:
-        launch.check_overrides(sys.argv[1:])
+        overrides.check_overrides(sys.argv[1:])
     except SamError as error:
         launch.fail(str(error))
     main()

@@ -23,6 +23,7 @@ from sam import launch
 from sam.errors import SamError
 from sam.experts.card import Pool
 from sam.models.spec import BaseSpec
+from sam.overrides import check_overrides
 from sam.paths import conf_dir
 from sam.results import RESULT, STATUS, write_json, write_status
 from tests.tiny import make_card, one_line
@@ -99,8 +100,8 @@ def test_every_merge_file_is_valid_and_gives_every_option(name: str) -> None:
 )
 def test_an_option_that_a_method_lacks_is_refused(argv: list[str], method: str) -> None:
     with pytest.raises(SamError, match=f"merge={method} does not use it; its options: .*lam"):
-        launch.check_overrides(argv)
-    launch.check_overrides(["-m", "merge=ties,dare", "merge.density=0.1"])
+        check_overrides(argv)
+    check_overrides(["-m", "merge=ties,dare", "merge.density=0.1"])
 
 
 @pytest.mark.parametrize(
@@ -112,31 +113,31 @@ def test_an_option_that_a_method_lacks_is_refused(argv: list[str], method: str) 
 )
 def test_an_option_of_another_file_of_the_group_is_refused(argv: list[str], refused: str) -> None:
     with pytest.raises(SamError, match=refused):
-        launch.check_overrides(argv)
+        check_overrides(argv)
 
 
 def test_several_options_of_a_group_that_has_one_are_refused() -> None:
     with pytest.raises(SamError, match="a run has one selector; a sweep over several: -m selector=A,B"):
-        launch.check_overrides(["selector=[sam,domain]"])
-    launch.check_overrides(["target=[mini_movie,mini_music]"])
+        check_overrides(["selector=[sam,domain]"])
+    check_overrides(["target=[mini_movie,mini_music]"])
 
 
 def test_an_option_of_an_experiments_own_choice_is_taken() -> None:
-    launch.check_overrides(["experiment=singles", "selector.experts=[news]"])  # its file sets selector=named
-    launch.check_overrides(["experiment=k_by_merge", "merge=ties", "merge.density=0.1"])
+    check_overrides(["experiment=singles", "selector.experts=[news]"])  # its file sets selector=named
+    check_overrides(["experiment=k_by_merge", "merge=ties", "merge.density=0.1"])
 
 
 @pytest.mark.parametrize("argument", ["merge.name=dare", "selector.name=random", "combine.rule=vote"])
 def test_a_label_cannot_be_set_without_what_it_names(argument: str) -> None:
     group, value = argument.split(".")[0], argument.split("=")[1]
     with pytest.raises(SamError, match=f"is the label of {group}={value}; choose {group}={value} itself"):
-        launch.check_overrides([argument])
+        check_overrides([argument])
 
 
 @pytest.mark.parametrize("group", ["merge", "selector", "combine"])
 def test_a_function_cannot_be_set_under_the_label_of_another(group: str) -> None:
     with pytest.raises(SamError, match=f"choose {group}=NAME, of a file that names it"):
-        launch.check_overrides([f"{group}._target_=mine.f"])
+        check_overrides([f"{group}._target_=mine.f"])
 
 
 @pytest.mark.usefixtures("conf")
@@ -248,16 +249,16 @@ def test_what_is_swept_comes_first_in_a_long_name(monkeypatch: pytest.MonkeyPatc
 )
 def test_an_unknown_option_is_one_line(argument: str, named: tuple[str, ...]) -> None:
     with pytest.raises(SamError) as error:
-        launch.check_overrides([argument])
+        check_overrides([argument])
     assert all(part in one_line(error) for part in named)
 
 
 def test_known_options_pass() -> None:
-    launch.check_overrides(["-m", "merge=ties,dare", "target=[mini,mit_movie]", "k=1,2", "--help", "--cfg", "job"])
-    launch.check_overrides(["merge.density=0.5", "selector=sam", "sweep=merge", "base=local", "base.location=merge=x"])
-    launch.check_overrides(["+target.sets.mine={kind: mini, dataset: ai}", "hydra.run.dir=x", "+experiment=main_table"])
-    launch.check_overrides(["hydra/job_logging=disabled", "hydra/launcher=joblib"])
-    launch.check_overrides(["train.lr=1e-3", "target.types=[a]", "logger.tags=[a]", "~target.sets.x", "cache=x"])
+    check_overrides(["-m", "merge=ties,dare", "target=[mini,mit_movie]", "k=1,2", "--help", "--cfg", "job"])
+    check_overrides(["merge.density=0.5", "selector=sam", "sweep=merge", "base=local", "base.location=merge=x"])
+    check_overrides(["+target.sets.mine={kind: mini, dataset: ai}", "hydra.run.dir=x", "+experiment=main_table"])
+    check_overrides(["hydra/job_logging=disabled", "hydra/launcher=joblib"])
+    check_overrides(["train.lr=1e-3", "target.types=[a]", "logger.tags=[a]", "~target.sets.x", "cache=x"])
 
 
 def test_multirun_may_stand_anywhere() -> None:
