@@ -68,6 +68,13 @@ def check_precision(precision: str) -> None:
         raise SamError(f"generator.precision={precision} is unknown; allowed: {', '.join(PRECISIONS)}")
 
 
+def dtype_of(precision: str, own: str) -> str:
+    """The torch dtype that ``precision`` means for a base model of dtype ``own``; raises SamError as
+    :func:`check_precision`."""
+    check_precision(precision)
+    return {"auto": own, "fp32": "float32", "bf16": "bfloat16"}[precision]
+
+
 def encode(tokenizer: Any, requests: Sequence[Request]) -> list[list[int]]:
     """The token ids of each prompt: special tokens only before the prefix."""
     prefixes = {r.prefix: list(tokenizer(r.prefix).input_ids) for r in requests}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sam.errors import SamError
-from sam.generation.api import Completion, Request, check_precision, completion, encode
+from sam.generation.api import Completion, Request, completion, dtype_of, encode
 from sam.merging import MergedWeights
 from sam.models.base import Base, load
 from sam.models.spec import BaseSpec
@@ -22,10 +22,9 @@ class TransformersGenerator:
 
     def __init__(self, spec: BaseSpec, device: str, max_new_tokens: int, batch_size: int, precision: str) -> None:
         """``precision``: ``fp32``, ``bf16``, or ``auto`` for the base model's own."""
-        check_precision(precision)
         self.spec, self.device = spec, device
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.dtype = {"auto": spec.dtype, "fp32": "float32", "bf16": "bfloat16"}[precision]
+        self.dtype = dtype_of(precision, spec.dtype)
         self._base: Base | None = None
         self._weights: MergedWeights | None = None
 

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from sam.console import say
 from sam.errors import SamError
-from sam.generation.api import Completion, Request, check_precision, completion, encode
+from sam.generation.api import Completion, Request, completion, dtype_of, encode
 from sam.generation.checkpoint import Checkpoint
 from sam.models.base import tokenizer_of
 from sam.models.sources import folder
 from sam.models.spec import BaseSpec
 
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 WORKER = Path(__file__).with_name("vllm_worker.py")
 VERSIONS = """
 from importlib.metadata import packages_distributions, version
@@ -54,13 +53,12 @@ class VLLMGenerator:
     ) -> None:
         """``precision``: ``fp32``, ``bf16``, or ``auto`` for the base model's own. ``memory``: the share of the
         device's memory that vLLM may take. ``python``: of the environment that has vLLM; None for this one."""
-        check_precision(precision)
         if not 0 < memory <= 1:
             raise SamError(f"generator.memory={memory} must be above 0 and at most 1")
         self.spec, self.device, self.max_new_tokens = spec, torch.device(device).type, max_new_tokens
         self.batch_size, self.memory = batch_size, memory
         self.python = sys.executable if python is None else str(Path(python).expanduser())
-        self.dtype = spec.dtype if precision == "auto" else PRECISIONS[precision]
+        self.dtype = dtype_of(precision, spec.dtype)
         self._worker: _Worker | None = None
         self._checkpoint: Checkpoint | None = None
         self._tokenizer: Any = None

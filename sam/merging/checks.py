@@ -42,6 +42,12 @@ def check_choice(value: object, allowed: Collection[str], option: str) -> None:
         raise SamError(f"{option}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
+def check_count(weights: Sequence[float], count: int) -> None:
+    """Raise SamError unless there are ``count`` weights."""
+    if len(weights) != count:
+        raise SamError(f"weights={list(weights)!r} has {len(weights)} values for {count} experts; give one per expert")
+
+
 def raw_weights(weights: Sequence[float] | None, count: int, *, signed: bool = False) -> list[float]:
     """The weights as given, 1 each for None.
 
@@ -51,9 +57,8 @@ def raw_weights(weights: Sequence[float] | None, count: int, *, signed: bool = F
         return [1.0] * count
     if isinstance(weights, str) or not isinstance(weights, Sequence):
         raise SamError(f"weights={weights!r} is not a list; give one number per expert")
+    check_count(weights, count)
     shown = f"weights={list(weights)!r}"
-    if len(weights) != count:
-        raise SamError(f"{shown} has {len(weights)} values for {count} experts; give one per expert")
     if not all(_is_number(w) for w in weights):
         raise SamError(f"{shown} holds a value that is not a finite number; give one number per expert")
     if not signed and any(w < 0 for w in weights):

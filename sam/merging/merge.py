@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sam.errors import SamError
 from sam.extend import Configured
+from sam.merging.checks import check_count
 from sam.merging.deltas import AdapterDeltas
 from sam.merging.stream import DeltaSet, Merged, Method, module_names
 
@@ -147,11 +148,8 @@ def _check(adapters: Sequence[AdapterDeltas], names: Sequence[str], merge: Merge
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise SamError(f"expert {twice[0]!r} is selected twice; a merge takes each expert once")
-    weights = merge.weights
-    if adapters and weights is not None and len(weights) != len(adapters):
-        raise SamError(
-            f"weights={list(weights)!r} has {len(weights)} values for {len(adapters)} experts; give one per expert"
-        )
+    if adapters and merge.weights is not None:
+        check_count(merge.weights, len(adapters))
 
 
 def _check_shapes(adapters: Sequence[AdapterDeltas], names: Sequence[str]) -> None:

@@ -181,8 +181,9 @@ def knots_ties(
     numbers per module.
     """
     bases, parts = spectral.aligned(deltas)
-    sparsify = largest(parts, density, trim_scope)
-    merged = vote(parts, sparsify, lam=lam, sign=sign, aggregate=aggregate, weights=weights)
+    merged = ties.stream(
+        parts, density=density, lam=lam, trim_scope=trim_scope, sign=sign, aggregate=aggregate, weights=weights
+    )
     return ((module, bases[module] @ delta) for module, delta in merged)
 
 

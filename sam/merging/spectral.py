@@ -14,7 +14,7 @@ from torch import Tensor
 from sam.errors import SamError
 from sam.merging.checks import check_lam
 from sam.merging.deltas import AdapterDeltas
-from sam.merging.stream import DeltaSet, Merged, module_names
+from sam.merging.stream import DeltaSet, Merged, module_names, of_module
 
 Pair = tuple[Tensor, Tensor]
 """B [out, r] and A [r, in], fp32."""
@@ -26,8 +26,7 @@ def factored(sets: Sequence[DeltaSet], module: str) -> dict[int, Pair]:
     pairs = {index: _pair(one, module) for index, one in enumerate(sets) if module in one}
     shapes = [[b.shape[0], a.shape[1]] for b, a in pairs.values()]
     if any(shape != shapes[0] for shape in shapes):
-        of = f" of module {module}" if module else ""
-        raise SamError(f"deltas{of} have shapes {shapes}; merge experts of the same base model")
+        raise SamError(f"deltas{of_module(module)} have shapes {shapes}; merge experts of the same base model")
     return pairs
 
 
@@ -38,8 +37,9 @@ def _pair(one: DeltaSet, module: str) -> Pair:
         return (a.T, b.T) if factors.transposed else (b, a)
     delta = one[module].detach().to(torch.float32)
     if delta.dim() != 2:
-        of = f" of module {module}" if module else ""
-        raise SamError(f"a delta{of} has shape {list(delta.shape)}; merging singular vectors takes matrices")
+        raise SamError(
+            f"a delta{of_module(module)} has shape {list(delta.shape)}; merging singular vectors takes matrices"
+        )
     return delta, torch.eye(delta.shape[1], device=delta.device)
 
 

@@ -88,7 +88,7 @@ def _check_finite(sets: Sequence[DeltaSet]) -> None:
     for number, one in enumerate(sets):
         for module in one:
             if not torch.isfinite(one[module]).all():
-                raise SamError(f"delta {number}{' of module ' + module if module else ''} holds NaN or infinity")
+                raise SamError(f"delta {number}{of_module(module)} holds NaN or infinity")
 
 
 class Scratch:
@@ -228,6 +228,11 @@ def blocks(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.reshape(-1).split(BLOCK)
 
 
+def of_module(module: str) -> str:
+    """``" of module m"`` for a message; nothing for a tensor, which has no module."""
+    return f" of module {module}" if module else ""
+
+
 def module_names(sets: Sequence[DeltaSet]) -> list[str]:
     """Every module that some expert has, sorted."""
     return sorted({module for one in sets for module in one})
@@ -253,9 +258,9 @@ def present(
             continue
         delta = read(one, module, scratch, 0 if one_at_a_time else index)
         if shape is not None and tuple(delta.shape) != shape:
-            of = f" of module {module}" if module else ""
             raise SamError(
-                f"deltas{of} have shapes {list(shape)} and {list(delta.shape)}; merge experts of the same base model"
+                f"deltas{of_module(module)} have shapes {list(shape)} and {list(delta.shape)}; merge experts of the "
+                "same base model"
             )
         shape = tuple(delta.shape)
         yield index, delta

@@ -51,7 +51,7 @@ class Unused(Encoder):
 
 
 def answer(expert: str, texts: Sequence[str]) -> list[Prediction]:
-    """What is found in the gold sentence, and in any other text."""
+    """What an expert predicts in the gold sentence, and in any other text."""
     return [Prediction(tuple((LABELLED if t == GOLD.text else UNLABELLED)[expert]), (), "") for t in texts]
 
 
@@ -89,16 +89,16 @@ def query(tmp_path: Path) -> MakeQuery:
 
 
 def test_sam_makes_one_selection_a_ranking(query: MakeQuery) -> None:
-    found = selector("sam").choose(query())
-    assert list(found) == ["domain", "sampling"]
-    assert found["domain"].experts == ("dog", "cat")
-    assert found["domain"].scores == pytest.approx(
+    chosen = selector("sam").choose(query())
+    assert list(chosen) == ["domain", "sampling"]
+    assert chosen["domain"].experts == ("dog", "cat")
+    assert chosen["domain"].scores == pytest.approx(
         {name: x / 0.3**0.5 for name, x in zip(NAMES, (0.1, 0.2, 0.3, 0.4), strict=True)}, abs=1e-6
     )
     # ADA has 3 of 4 votes in both texts, BATH 1: ant and bee score 1, cat 4 / 6, dog 0.
-    assert set(found["sampling"].experts) == {"ant", "bee"}
-    assert found["sampling"].scores == pytest.approx({"ant": 1, "bee": 1, "cat": 4 / 6, "dog": 0}, abs=1e-6)
-    assert found["sampling"].details["sampled"] == [0, 1]
+    assert set(chosen["sampling"].experts) == {"ant", "bee"}
+    assert chosen["sampling"].scores == pytest.approx({"ant": 1, "bee": 1, "cat": 4 / 6, "dog": 0}, abs=1e-6)
+    assert chosen["sampling"].details["sampled"] == [0, 1]
 
 
 def test_domain_asks_no_expert_and_sampling_needs_no_encoder(query: MakeQuery) -> None:
@@ -113,28 +113,28 @@ def test_equal_experts_of_the_sample_are_drawn_anew_by_each_seed(query: MakeQuer
 
 def test_sameco_ranks_by_mean_rank_and_ties_go_to_the_domain(query: MakeQuery) -> None:
     # domain: dog cat bee ant; sampling: ant and bee share ranks 1 and 2, then cat, dog.
-    found = selector("sameco").choose(query(k=3))["sameco"]
-    assert found.experts == ("bee", "dog", "cat")
-    assert found.scores == {"bee": -2.25, "dog": -2.5, "cat": -2.5, "ant": -2.75}
+    chosen = selector("sameco").choose(query(k=3))["sameco"]
+    assert chosen.experts == ("bee", "dog", "cat")
+    assert chosen.scores == {"bee": -2.25, "dog": -2.5, "cat": -2.5, "ant": -2.75}
     liked = {"ant": [BATH], "bee": [ADA], "cat": [ADA], "dog": [ADA, BATH]}
 
     def ask(expert: str, texts: Sequence[str]) -> list[Prediction]:
         return [Prediction(tuple(liked[expert]), (), "") for _ in texts]
 
     # ADA is the pseudo-label: bee and cat 1, dog 2/3, ant 0. So bee and cat share rank 1.5.
-    found = selector("sameco").choose(query(ask, k=4))["sameco"]
-    assert found.experts == ("cat", "dog", "bee", "ant")
-    assert found.scores == {"cat": -1.75, "dog": -2.0, "bee": -2.25, "ant": -4.0}
-    assert found.details["by"] == "mean rank"
-    assert set(found.details["domain"]) == set(found.details["sampling"]) == set(NAMES)
+    chosen = selector("sameco").choose(query(ask, k=4))["sameco"]
+    assert chosen.experts == ("cat", "dog", "bee", "ant")
+    assert chosen.scores == {"cat": -1.75, "dog": -2.0, "bee": -2.25, "ant": -4.0}
+    assert chosen.details["by"] == "mean rank"
+    assert set(chosen.details["domain"]) == set(chosen.details["sampling"]) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", ["sam", "sameco", "domain", "sampling", "random", "oracle"])
 @pytest.mark.parametrize("k", [1, 3, 4])
 def test_k_is_respected_without_repeats(query: MakeQuery, name: str, k: int) -> None:
-    found = selector(name).choose(query(answer, k=k))
-    assert tuple(found) == (("domain", "sampling") if name == "sam" else (name,))
-    for selection in found.values():
+    chosen = selector(name).choose(query(answer, k=k))
+    assert tuple(chosen) == (("domain", "sampling") if name == "sam" else (name,))
+    for selection in chosen.values():
         assert len(selection.experts) == len(set(selection.experts)) == k
 
 
@@ -158,8 +158,8 @@ def test_random_depends_on_seed_and_target_alone(query: MakeQuery) -> None:
 
 def test_a_random_pair_is_the_random_draw_and_another(query: MakeQuery) -> None:
     def drawn(seed: int, k: int = 2) -> dict[str, tuple[str, ...]]:
-        found = selector("random_pair").choose(query(silent, Unused(), seed=seed, k=k))
-        return {name: selection.experts for name, selection in found.items()}
+        chosen = selector("random_pair").choose(query(silent, Unused(), seed=seed, k=k))
+        return {name: selection.experts for name, selection in chosen.items()}
 
     for seed in range(5):
         assert list(drawn(seed)) == ["random", "random_second"]
@@ -183,11 +183,11 @@ def test_all_and_named_take_what_they_are_given(query: MakeQuery) -> None:
 
 
 def test_the_oracle_sees_gold_and_no_other_does(query: MakeQuery) -> None:
-    found = selector("oracle").choose(query(answer, Unused()))["oracle"]
+    chosen = selector("oracle").choose(query(answer, Unused()))["oracle"]
     # F1 on the gold sentence: dog 1, bee 2/3, ant and cat 0.
-    assert found.experts == ("dog", "bee")
-    assert found.scores == pytest.approx({"dog": 1, "bee": 2 / 3, "ant": 0, "cat": 0}, abs=1e-6)
-    assert "gold" in found.details["by"]
+    assert chosen.experts == ("dog", "bee")
+    assert chosen.scores == pytest.approx({"dog": 1, "bee": 2 / 3, "ant": 0, "cat": 0}, abs=1e-6)
+    assert "gold" in chosen.details["by"]
     assert [name for name in SELECTORS if "gold" in selector(name).uses] == ["oracle"]
 
 
@@ -195,8 +195,8 @@ def test_the_oracle_sees_gold_and_no_other_does(query: MakeQuery) -> None:
 def test_gold_does_not_change_a_selection(query: MakeQuery, name: str) -> None:
     blind = Target("t", TARGET.types, (Sentence("g", GOLD.text),), TARGET.unlabelled)
     wrong = Target("t", TARGET.types, (Sentence("g", GOLD.text, (Mention(0, 3, "place"),)),), TARGET.unlabelled)
-    found = [selector(name).choose(query(target=t)) for t in (TARGET, blind, wrong)]
-    assert found[0] == found[1] == found[2]
+    chosen = [selector(name).choose(query(target=t)) for t in (TARGET, blind, wrong)]
+    assert chosen[0] == chosen[1] == chosen[2]
 
 
 def test_the_oracle_refuses_a_target_without_gold(query: MakeQuery) -> None:
